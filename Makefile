@@ -1,0 +1,38 @@
+# Two commands: `make demo` trains a small model on real text, `make test` checks everything.
+# Both build .venv first.
+
+PYTHON := .venv/bin/python
+TORCHRUN := $(PYTHON) -m torch.distributed.run
+# Figures of the official LLR code, where they are at hand.
+export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test setup lint unit dist clean
+
+setup:
+	@tools/bootstrap.sh
+
+demo: setup
+	@bash examples/demo.sh
+
+test: setup lint unit dist
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-cache
+	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch .ci/run
+
+unit:
+	$(PYTHON) -m pytest -q --ignore tests/dist tests
+
+# One launch per world size; a test runs in those that it names.
+dist:
+	@for world in 1 2 4; do \
+		echo "== world size $$world"; \
+		$(PYTHON) tests/torchrun.py $$world || exit 1; \
+	done
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

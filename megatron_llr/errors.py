@@ -1,0 +1,16 @@
+"""Errors that say what, what was got, what is allowed, and what mends it."""
+
+
+def message(what: str, *, got: object, allowed: str, remedy: str) -> str:
+    """One line in the form that every error of this package takes."""
+    return f"megatron_llr: {what}: got {got}; allowed: {allowed}; {remedy}"
+
+
+def user_error(what: str, *, got: object, allowed: str, remedy: str) -> ValueError:
+    """An error that a user mends by changing a flag, a file or an installed package."""
+    return ValueError(message(what, got=got, allowed=allowed, remedy=remedy))
+
+
+def topology_error(what: str, *, got: object, allowed: str, remedy: str) -> RuntimeError:
+    """An error in how ranks are arranged or in what they tell each other."""
+    return RuntimeError(message(what, got=got, allowed=allowed, remedy=remedy))
