@@ -1,0 +1,84 @@
+"""Exponents of a measurement in, target multipliers out: the mapping over a whole model."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.policies.mappings import BOUNDED, MAPPINGS, Bounds, Scale
+from megatron_llr.records import EMBEDDING_IDS, block_key
+
+WITHIN_BLOCK = "block-"
+
+
+def _usable(alpha: float) -> bool:
+    # An exponent is 1 + n / (a positive sum), so anything else is no exponent.
+    return math.isfinite(alpha) and alpha > 1
+
+
+def _scales(pool: Mapping[str, float], config: LLRConfig) -> dict[str, Scale]:
+    """Scale of every matrix of the pool: one for the model, or one for each block."""
+    kind = config.mapping.removeprefix(WITHIN_BLOCK)
+    bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
+    pools: dict[str, dict[str, float]] = defaultdict(dict)
+    for matrix, alpha in pool.items():
+        key = block_key(matrix) if config.mapping.startswith(WITHIN_BLOCK) else ""
+        pools[key][matrix] = alpha
+    scales: dict[str, Scale] = {}
+    for members in pools.values():
+        scale = MAPPINGS[kind](list(members.values()), bounds)
+        if scale is not None:
+            scales.update(dict.fromkeys(members, scale))
+    return scales
+
+
+def _embedding_target(
+    alpha: float | None, pool: Mapping[str, float], targets: Mapping[str, float], config: LLRConfig
+) -> float | None:
+    fixed = config.embedding_multiplier()
+    if config.embedding == "max":
+        bounded = config.mapping.removeprefix(WITHIN_BLOCK) in BOUNDED
+        return fixed if bounded else max(targets.values(), default=None)
+    if fixed is not None:
+        return fixed
+    if alpha is None or not _usable(alpha) or not pool:
+        return None
+    bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
+    scale = MAPPINGS[config.mapping.removeprefix(WITHIN_BLOCK)](list(pool.values()), bounds)
+    return scale(alpha) if scale else None
+
+
+def assign_multipliers(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+    """Target multiplier of every matrix from its exponent.
+
+    Embedding, position embedding and head stay out of the pool that the mapping is fitted to; they
+    follow `config.embedding`.
+
+    Args:
+        alphas: matrix id -> exponent; one that could not be fitted is NaN. Embedding-like ids that
+            were not measured may carry NaN.
+        config: mapping, bounds, direction, embedding policy.
+
+    Returns:
+        Matrix id -> multiplier, finite and above 0. A matrix that no multiplier can be given (its
+        exponent missing or not finite, or all exponents of its pool equal) is left out, so that it
+        keeps the one it has.
+    """
+    pool = {
+        matrix: alpha
+        for matrix, alpha in alphas.items()
+        if matrix not in EMBEDDING_IDS and _usable(alpha)
+    }
+    scales = _scales(pool, config)
+    targets = {matrix: scale(pool[matrix]) for matrix, scale in scales.items()}
+    if config.mean_preserving and targets:
+        mean = sum(targets.values()) / len(targets)
+        targets = {matrix: target / mean for matrix, target in targets.items()}
+    for matrix in alphas:
+        if matrix in EMBEDDING_IDS:
+            target = _embedding_target(alphas[matrix], pool, targets, config)
+            if target is not None:
+                targets[matrix] = target
+    return {
+        matrix: target for matrix, target in targets.items() if math.isfinite(target) and target > 0
+    }

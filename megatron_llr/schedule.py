@@ -1,0 +1,181 @@
+"""When spectra are measured and what every multiplier is at every update: a pure state machine.
+
+`s` is the number of an update, from 1. A measurement *at* s precedes update s; its targets take
+hold from update s on, over a ramp, so that no learning rate jumps.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_llr.config import LLRConfig, flag
+from megatron_llr.errors import user_error
+
+
+def window_end(config: LLRConfig, total_updates: int, start: int = 1) -> int:
+    """Last update that a measurement may precede.
+
+    Args:
+        config: `active_iters` is absolute; without it `active_fraction` of `total_updates`
+            counts from `start`, as the published runs count it from 1.
+        total_updates: updates of the whole training run.
+        start: update at which the extension is switched on.
+
+    Raises:
+        ValueError: if no update from `start` on lies in the window.
+    """
+    if config.active_iters is not None:
+        end = min(config.active_iters, total_updates)
+        field, got = "active_iters", config.active_iters
+    else:
+        # 0.29 * 100 is 28.999999999999996 in binary; the user wrote 29.
+        length = math.floor(config.active_fraction * total_updates + 1e-9)
+        end = min(start - 1 + length, total_updates)
+        field, got = "active_fraction", config.active_fraction  # type: ignore[assignment]
+    if end < start:
+        raise user_error(
+            f"{flag(field)} leaves no update to measure before",
+            got=f"{got} with {total_updates} updates, switched on at update {start}",
+            allowed=f"a window that reaches update {start}",
+            remedy=f"raise {flag(field)}, or train longer with --train-iters",
+        )
+    return end
+
+
+class MultiplierSchedule:
+    """Multipliers of all logical matrices over the updates of a run.
+
+    A target observed at s is reached by `m(s+j) = old + (new - old)(j+1)/(ramp+1)`, j = 0..ramp;
+    one observed at update 1 holds at once. The last ramp finishes after the window; then the
+    multipliers stay. A matrix without a target keeps its multiplier, 1 at first.
+
+    Args:
+        config: `interval`, `ramp_iters` and the window are read.
+        total_updates: updates of the whole training run.
+        start: update at which the extension is switched on.
+        parity: follow the official code's straight line in learning rate during a ramp, instead of
+            one in the multiplier. It exists to prove equality with official traces.
+
+    Raises:
+        ValueError: if the window holds no update.
+    """
+
+    def __init__(
+        self, config: LLRConfig, total_updates: int, *, start: int = 1, parity: bool = False
+    ) -> None:
+        self._begin(config, start, window_end(config, total_updates, start), parity)
+
+    def _begin(self, config: LLRConfig, start: int, window_end: int, parity: bool = False) -> None:
+        self.interval = config.interval
+        self.ramp = config.ramp_iters
+        self.start = start
+        self.window_end = window_end
+        self._parity = parity
+        self._observed_at: int | None = None
+        self._current_ramp = self.ramp
+        self._old: dict[str, float] = {}
+        self._new: dict[str, float] = {}
+        # parity form: learning rates at the update before the last observation
+        self._rates_before: dict[str, float] = {}
+        self._last_rates: dict[str, float] = {}
+
+    def due(self, s: int) -> bool:
+        """Whether a measurement precedes update s."""
+        if not self.start <= s <= self.window_end or s == self._observed_at:
+            return False
+        return self._observed_at is None or s % self.interval == 0
+
+    def observe(self, s: int, targets: Mapping[str, float]) -> None:
+        """Take new targets, measured before update s."""
+        assert all(math.isfinite(target) and target > 0 for target in targets.values()), targets
+        before = self.multipliers(s - 1) if self._observed_at is not None else {}
+        self._new = {**self._new, **targets}
+        first_of_run = s == 1
+        self._old = {
+            matrix: target if first_of_run else before.get(matrix, 1.0)
+            for matrix, target in self._new.items()
+        }
+        self._rates_before = dict(self._last_rates)
+        self._observed_at = s
+        self._current_ramp = self.ramp
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Multipliers that the last ramp leads to, or has led to."""
+        return dict(self._new)
+
+    def settled(self, s: int) -> bool:
+        """Whether the multipliers of update s are those of update s - 1."""
+        if self._observed_at is None:
+            return True
+        return s != self._observed_at and self._progress(s - 1) >= 1.0
+
+    def _progress(self, s: int) -> float:
+        """Share of the way from old to new at update s, 0 to 1."""
+        assert self._observed_at is not None
+        return min(1.0, max(0.0, (s - self._observed_at + 1) / (self._current_ramp + 1)))
+
+    def multipliers(self, s: int) -> dict[str, float]:
+        """Multiplier of every matrix at update s, for s from the last observation on."""
+        if self._observed_at is None:
+            return {}
+        progress = self._progress(s)
+        if progress >= 1.0:
+            return dict(self._new)
+        return {
+            matrix: self._old[matrix] + (target - self._old[matrix]) * progress
+            for matrix, target in self._new.items()
+        }
+
+    def learning_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:
+        """Learning rate of every matrix at update s.
+
+        Args:
+            s: update, from 1; in the parity form called for one update after another.
+            base: base learning rate of an update.
+        """
+        if not self._parity:
+            rate = base(s)
+            return {matrix: rate * factor for matrix, factor in self.multipliers(s).items()}
+        self._last_rates = self._parity_rates(s, base)
+        return dict(self._last_rates)
+
+    def _parity_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:
+        if self._observed_at is None:
+            return {}
+        first = self._observed_at - 1
+        last = self.ramp if first == 0 else self._observed_at + self.ramp
+        if s > last:
+            rate = base(s)
+            return {matrix: rate * factor for matrix, factor in self._new.items()}
+        # The official trainer aims at the rate that the base schedule reaches when the ramp ends.
+        aim, progress = base(last), (s - first) / (last - first)
+        rates = {}
+        for matrix, factor in self._new.items():
+            before = self._rates_before.get(matrix, 0.0)
+            rates[matrix] = before + (aim * factor - before) * progress
+        return rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `resume` needs, as plain JSON values."""
+        return {
+            "start": self.start,
+            "window_end": self.window_end,
+            "observed_at": self._observed_at,
+            "ramp": self._current_ramp,
+            "old": dict(self._old),
+            "new": dict(self._new),
+        }
+
+    @classmethod
+    def resume(cls, config: LLRConfig, state: Mapping[str, Any]) -> "MultiplierSchedule":
+        """Go on where a saved schedule stood; its window is kept, whatever the flags say now."""
+        schedule = cls.__new__(cls)
+        schedule._begin(config, int(state["start"]), int(state["window_end"]))
+        observed_at = state["observed_at"]
+        schedule._observed_at = None if observed_at is None else int(observed_at)
+        # A ramp that was under way keeps its length, even if --llr-ramp-iters has changed.
+        schedule._current_ramp = int(state["ramp"])
+        schedule._old = {matrix: float(value) for matrix, value in state["old"].items()}
+        schedule._new = {matrix: float(value) for matrix, value in state["new"].items()}
+        return schedule
