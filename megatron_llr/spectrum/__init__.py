@@ -1,0 +1,5 @@
+"""One matrix in, its spectrum record out: pure torch, nothing distributed."""
+
+from megatron_llr.spectrum.analyze import analyze_matrix, record_from_eigenvalues
+
+__all__ = ["analyze_matrix", "record_from_eigenvalues"]

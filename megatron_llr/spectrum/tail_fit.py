@@ -1,0 +1,119 @@
+"""Tail exponents of a spectrum.
+
+Shapes: `N` eigenvalues of WᵀW, ascending, fp64. A tail that starts at index i has n = N - i members
+and the exponent a = 1 + n / (sum_{j>=i} ln l_j - n ln l_i); the threshold l_i is itself one of the
+n terms and contributes 0 (Layer-wise-Learning-Rate, olmo/LRUnbalance.py).
+"""
+
+import math
+
+import torch
+
+# Candidates whose KS distances are computed at once: 256 x 8192 fp64 is 16 MiB.
+_CANDIDATES_AT_ONCE = 256
+# fix-finger: bins of the histogram of log10 eigenvalues, and the window around its peak
+# (Layer-wise-Learning-Rate, olmo/LRUnbalance.py).
+_BINS = 100
+_WINDOW_BELOW, _WINDOW_ABOVE = 0.95, 1.5
+
+
+def _exponents(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Exponent for every tail start; NaN or inf where a tail is degenerate. [N] -> [N]."""
+    logs = eigenvalues.log()
+    tail_sums = logs.flip(0).cumsum(0).flip(0)
+    members = torch.arange(logs.numel(), 0, -1, dtype=logs.dtype, device=logs.device)
+    return 1 + members / (tail_sums - members * logs)
+
+
+def fit_distance(eigenvalues: torch.Tensor, start: int, alpha: float) -> float:
+    """Kolmogorov-Smirnov distance between the tail from `start` and its power law; 1 if no fit."""
+    if not (math.isfinite(alpha) and alpha > 1):
+        return 1.0
+    starts = torch.tensor([start], device=eigenvalues.device)
+    alphas = torch.tensor([alpha], dtype=eigenvalues.dtype, device=eigenvalues.device)
+    return float(_distances(eigenvalues, starts, alphas)[0])
+
+
+def _distances(
+    eigenvalues: torch.Tensor, starts: torch.Tensor, alphas: torch.Tensor
+) -> torch.Tensor:
+    """max_{j>=i} |1 - (l_j/l_i)^(1-a) - (j-i)/n| of every candidate, 1 where a <= 1; [K]."""
+    count = eigenvalues.numel()
+    index = torch.arange(count, device=eigenvalues.device)
+    distances = []
+    for chosen, alpha in zip(
+        starts.split(_CANDIDATES_AT_ONCE), alphas.split(_CANDIDATES_AT_ONCE), strict=True
+    ):
+        ratio = eigenvalues[None, :] / eigenvalues[chosen, None]
+        model = 1 - ratio.pow(1 - alpha[:, None])
+        position = (index[None, :] - chosen[:, None]) / (count - chosen[:, None])
+        gap = (model - position).abs()
+        gap = torch.where(index[None, :] >= chosen[:, None], gap, torch.zeros_like(gap))
+        distance = gap.amax(dim=1)
+        usable = torch.isfinite(distance) & torch.isfinite(alpha) & (alpha > 1)
+        distances.append(torch.where(usable, distance, torch.ones_like(distance)))
+    return torch.cat(distances)
+
+
+def hill_median(eigenvalues: torch.Tensor) -> float:
+    """Exponent of the tail that starts at the median (arXiv 2605.22297; i = int(N/2)).
+
+    Args:
+        eigenvalues: [N] ascending.
+
+    Returns:
+        The exponent, or NaN where the tail holds a zero or has no spread.
+    """
+    start = eigenvalues.numel() // 2
+    tail = eigenvalues[start:]
+    if not bool(tail[0] > 0):
+        return math.nan
+    logs = tail.log()
+    spread = float(logs.sum() - tail.numel() * logs[0])
+    return 1 + tail.numel() / spread if spread > 0 else math.nan
+
+
+def _search(eigenvalues: torch.Tensor, candidates: torch.Tensor) -> float:
+    """Exponent at the candidate tail start of least KS distance, the first of equals."""
+    if candidates.numel() == 0:
+        return math.nan
+    alphas = _exponents(eigenvalues)[candidates]
+    distances = _distances(eigenvalues, candidates, alphas)
+    best = int(distances.argmin())
+    alpha = float(alphas[best])
+    return alpha if math.isfinite(alpha) and alpha > 1 else math.nan
+
+
+def _positive_starts(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Tail starts i < N - 1 with a positive threshold."""
+    return (eigenvalues[:-1] > 0).nonzero().flatten()
+
+
+def ks(eigenvalues: torch.Tensor) -> float:
+    """Exponent at the tail start of least KS distance, over all starts. [N] ascending -> float."""
+    return _search(eigenvalues, _positive_starts(eigenvalues))
+
+
+def fix_finger(eigenvalues: torch.Tensor) -> float:
+    """Exponent at the best tail start near the peak of the spectrum's density.
+
+    The peak x is the left edge of the fullest of 100 equal bins of log10 l. Candidates satisfy
+    log10(0.95 x) <= l_i <= 1.5 x: the lower bound compares a logarithm with a value, an oddity of
+    the official code that its figures carry.
+
+    Args:
+        eigenvalues: [N] ascending.
+
+    Returns:
+        The exponent, or NaN where no candidate fits.
+    """
+    starts = _positive_starts(eigenvalues)
+    positive = eigenvalues[eigenvalues > 0]
+    if positive.numel() < 2 or not bool(positive[-1] > positive[0]):
+        return math.nan
+    logs = positive.log10().cpu()
+    counts, edges = torch.histogram(logs, bins=_BINS)
+    peak = 10.0 ** float(edges[int(counts.argmax())])
+    lowest, highest = math.log10(_WINDOW_BELOW * peak), _WINDOW_ABOVE * peak
+    thresholds = eigenvalues[starts]
+    return _search(eigenvalues, starts[(thresholds >= lowest) & (thresholds <= highest)])
