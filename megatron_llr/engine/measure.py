@@ -1,0 +1,199 @@
+"""`SpectrumEngine.measure()`: the spectrum record of every matrix, identical on every rank."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.engine.assignment import assign_owners
+from megatron_llr.engine.exchange import (
+    all_gather_rows,
+    batches,
+    cut,
+    pool_singular_values,
+    send_to_owners,
+)
+from megatron_llr.ranks import raise_together
+from megatron_llr.records import EMBEDDING_IDS, Directory, SpectrumRecord, SpectrumTable
+from megatron_llr.sharding.catalog import MatrixShard
+from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.spectrum.eigenvalues import eigenvalues_of
+
+_METHODS = ("failed", "gram32", "gram64", "svd64", "pooled")
+_WIDTH = len(fields(SpectrumRecord))
+
+Spectrum = tuple[torch.Tensor, str]
+"""[N] fp64 eigenvalues, ascending, and how they were got."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Result of one measurement.
+
+    Attributes:
+        table: record of every measured matrix, in directory order.
+        spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU.
+        seconds: wall time on this rank.
+    """
+
+    table: SpectrumTable
+    spectra: dict[str, torch.Tensor]
+    seconds: float
+
+
+def _encode(record: SpectrumRecord) -> list[float]:
+    values = list(astuple(record))
+    values[-1] = _METHODS.index(record.method)
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _decode(row: Sequence[float], estimator: str) -> SpectrumRecord:
+    values: dict[str, Any] = dict(
+        zip((field.name for field in fields(SpectrumRecord)), row, strict=True)
+    )
+    for name in ("ks", "fix_finger"):
+        if name != estimator:
+            values[f"alpha_{name}"] = None
+    values["num_eigenvalues"] = int(values["num_eigenvalues"])
+    values["method"] = _METHODS[int(values["method"])]
+    return SpectrumRecord(**values)
+
+
+class SpectrumEngine:
+    """Measures all tunable matrices of a job.
+
+    Args:
+        shards: catalog of this rank.
+        directory: all matrices of the job.
+        config: `spectrum`, `estimator` and `embedding` are read.
+    """
+
+    def __init__(
+        self, shards: Sequence[MatrixShard], directory: Directory, config: LLRConfig
+    ) -> None:
+        self._config = config
+        wanted = [
+            info
+            for matrix, info in directory.items()
+            if info.tunable and (matrix not in EMBEDDING_IDS or config.embedding == "measured")
+        ]
+        self.owners = assign_owners(wanted)
+        """Matrix id -> global rank that computes its spectrum, in directory order."""
+        here = {
+            shard.matrix: shard
+            for shard in shards
+            if shard.matrix in self.owners and not shard.copy
+        }
+        by_group: dict[tuple[int, ...], list[MatrixShard]] = defaultdict(list)
+        for matrix, owner in self.owners.items():
+            shard = here.get(matrix)
+            if shard is not None and owner in shard.ranks:
+                by_group[shard.ranks].append(shard)
+        self._by_group = dict(sorted(by_group.items()))
+        self._error: Exception | None = None
+        self._device = shards[0].parameter.device if shards else torch.device("cpu")
+
+    def measure(self) -> Measurement:
+        """Compute every spectrum once, share the results. Enter on all ranks.
+
+        Raises:
+            RuntimeError: on every rank, if any rank failed.
+        """
+        started = time.perf_counter()
+        self._error = None
+        owned: dict[str, Spectrum] = {}
+        for shards in self._by_group.values():
+            owned.update(self._exact(shards) if self._is_exact else self._pooled(shards))
+        records = {matrix: self._record(spectrum) for matrix, spectrum in owned.items()}
+        raise_together(self._error)
+        table = self._share_records(records)
+        spectra_everywhere = self._share_singular_values(owned, table)
+        return Measurement(table, spectra_everywhere, time.perf_counter() - started)
+
+    @property
+    def _is_exact(self) -> bool:
+        return self._config.spectrum == "exact"
+
+    @property
+    def _needs_small_eigenvalues(self) -> bool:
+        return self._config.estimator != "hill_median"
+
+    def _exact(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
+        """Spectra of the whole matrices that this rank owns; others only send their parts."""
+        here = dist.get_rank()
+        split = [shard for shard in shards if shard.split]
+        for shard in shards:
+            if not shard.split and self.owners[shard.matrix] == here:
+                yield shard.matrix, self._eigenvalues(cut(shard))
+        for batch in batches(split, self.owners):
+            for matrix, weight in send_to_owners(batch, self.owners).items():
+                yield matrix, self._eigenvalues(weight)
+
+    def _pooled(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
+        """Pooled spectra of the shards: no weight travels, singular values do."""
+        here = dist.get_rank()
+        for shard in shards:
+            if not shard.split and self.owners[shard.matrix] == here:
+                yield shard.matrix, self._eigenvalues(cut(shard))
+        split = [shard for shard in shards if shard.split]
+        if not split:
+            return
+        local = [self._eigenvalues(cut(shard))[0].sqrt() for shard in split]
+        for shard, pooled in zip(split, pool_singular_values(local, split), strict=True):
+            if self.owners[shard.matrix] == here:
+                yield shard.matrix, (pooled.square(), "pooled")
+
+    def _eigenvalues(self, weight: torch.Tensor) -> Spectrum:
+        """Eigenvalues of one matrix; a failure is kept for later, since collectives follow."""
+        count = min(weight.shape)
+        try:
+            if count > 0:
+                return eigenvalues_of(weight, full=self._needs_small_eigenvalues)
+        except Exception as caught:  # out of memory, a broken solver: raised on all ranks later
+            self._error = caught
+        nothing = torch.full((count,), math.nan, dtype=torch.float64, device=weight.device)
+        return nothing, "failed"
+
+    def _record(self, spectrum: Spectrum) -> SpectrumRecord:
+        eigenvalues, method = spectrum
+        estimators = (self._config.estimator,)
+        return record_from_eigenvalues(eigenvalues, estimators=estimators, method=method)
+
+    def _owned_by_rank(self) -> list[list[str]]:
+        owned: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        for matrix, owner in self.owners.items():
+            owned[owner].append(matrix)
+        return owned
+
+    def _share_records(self, records: dict[str, SpectrumRecord]) -> SpectrumTable:
+        owned = self._owned_by_rank()
+        mine = [_encode(records[matrix]) for matrix in owned[dist.get_rank()]]
+        rows = torch.tensor(mine, dtype=torch.float64, device=self._device).view(-1, _WIDTH)
+        shared = all_gather_rows(rows, [len(matrices) for matrices in owned])
+        table = {
+            matrix: _decode(row, self._config.estimator)
+            for matrices, part in zip(owned, shared, strict=True)
+            for matrix, row in zip(matrices, part.tolist(), strict=True)
+        }
+        return {matrix: table[matrix] for matrix in self.owners}
+
+    def _share_singular_values(
+        self, spectra: dict[str, Spectrum], table: SpectrumTable
+    ) -> dict[str, torch.Tensor]:
+        owned = self._owned_by_rank()
+        counts = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
+        mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
+        empty = torch.empty(0, dtype=torch.float64, device=self._device)
+        shared = all_gather_rows(
+            torch.cat([empty, *mine]).unsqueeze(1), [sum(count) for count in counts]
+        )
+        values: dict[str, torch.Tensor] = {}
+        for matrices, count, part in zip(owned, counts, shared, strict=True):
+            values.update(zip(matrices, part.squeeze(1).cpu().split(count), strict=True))
+        return {matrix: values[matrix] for matrix in self.owners}
