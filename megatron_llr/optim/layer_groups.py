@@ -1,0 +1,265 @@
+"""Layer param groups: installed while an inner optimizer steps, and gone before anyone looks.
+
+Megatron's own groups stay as it built them, so its checkpoints do too. During `step()` alone the
+inner optimizer sees groups in which every logical matrix has its own learning rate.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_llr.optim.capability import takes_views
+from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
+from megatron_llr.optim.views import FusedTensor, Part
+from megatron_llr.sharding.catalog import MatrixShard
+from megatron_llr.sharding.layout import flat_ranges
+
+# What a layer group sets for itself; everything else that a step changes goes back to the base.
+_OWN_KEYS = frozenset({"params", "lr", "weight_decay"})
+
+
+class InnerGroups:
+    """The layer groups of one inner torch optimizer.
+
+    Args:
+        optimizer: the inner optimizer.
+        parts: id of a stepped tensor -> the tensor and the matrices in it.
+        decoupled_decay: whether a matrix decays as at multiplier 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[int, tuple[Master, tuple[Part, ...]]],
+        *,
+        decoupled_decay: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.multipliers: Mapping[str, float] = {}
+        self.viewable = takes_views(optimizer)
+        self.parts = parts
+        self._decoupled_decay = decoupled_decay
+        self._fused: dict[int, FusedTensor] = {}
+        self._depth = 0
+        self._base_groups: list[dict[str, Any]] = []
+        self._base_state: Any = None
+        self._pieces: list[list[dict[str, Any]]] = []
+        self._viewed: list[FusedTensor] = []
+        self._rates: list[tuple[Any, list[torch.Tensor]]] = []
+        self._register()
+
+    def _register(self) -> None:
+        inner: Any = self.optimizer
+        inner.register_step_pre_hook(lambda *_: self._enter())
+        handle = inner.register_step_post_hook(lambda *_: self._leave())
+        # Before other post-hooks: they may walk the groups and must find the base ones.
+        inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+        unguarded = inner.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return unguarded(*args, **kwargs)
+            finally:
+                self._restore()
+
+        # torch runs no post-hook when a step raises; this restores the groups even then.
+        inner.step = step
+
+    def _enter(self) -> None:
+        # A subclass whose step calls super().step() fires the hooks twice.
+        self._depth += 1
+        if self._depth == 1 and self.multipliers:
+            self._install()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._write_back()
+            self._restore()
+
+    def _install(self) -> None:
+        inner = self.optimizer
+        self._base_groups, self._base_state = inner.param_groups, inner.state
+        self._viewed = []
+        self._pieces = [self._split(group) for group in self._base_groups]
+        self._rates = [(group["lr"], group["params"]) for group in self._base_groups]
+        if self._viewed:
+            inner.state = self._lent_state()  # type: ignore[assignment]
+        inner.param_groups = [piece for pieces in self._pieces for piece in pieces]
+
+    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """One group per multiplier; a group with no tensors on this rank stays as it is."""
+        if not group["params"]:
+            return [group]
+        by_multiplier: dict[float, list[torch.Tensor]] = defaultdict(list)
+        for tensor in group["params"]:
+            for multiplier, piece in self._pieces_of(tensor):
+                by_multiplier[multiplier].append(piece)
+        return [
+            self._group(group, multiplier, tensors) for multiplier, tensors in by_multiplier.items()
+        ]
+
+    def _pieces_of(self, tensor: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+        _, parts = self.parts.get(id(tensor), (None, ()))
+        multipliers = {matrix: self.multipliers.get(matrix, 1.0) for matrix, _ in parts}
+        if len(set(multipliers.values())) <= 1:
+            return [(next(iter(multipliers.values()), 1.0), tensor)]
+        assert self.viewable, f"{type(self.optimizer).__name__} cannot step {list(multipliers)}"
+        fused = self._fused.get(id(tensor))
+        if fused is None:
+            fused = self._fused[id(tensor)] = FusedTensor(tensor, parts)
+        fused.slice_gradient()
+        self._viewed.append(fused)
+        return [
+            (multiplier, view)
+            for matrix, multiplier in multipliers.items()
+            for view in fused.views[matrix]
+        ]
+
+    def _group(
+        self, base: dict[str, Any], multiplier: float, tensors: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        piece = {**base, "params": tensors, "lr": base["lr"] * multiplier}
+        if self._decoupled_decay and "weight_decay" in base:
+            piece["weight_decay"] = base["weight_decay"] / multiplier
+        if isinstance(base.get("step"), torch.Tensor):
+            piece["step"] = base["step"].clone()
+        return piece
+
+    def _lent_state(self) -> dict[Any, Any]:
+        lent: dict[Any, Any] = defaultdict(dict)
+        whole = {id(fused.tensor) for fused in self._viewed}
+        for tensor, state in self._base_state.items():
+            if id(tensor) not in whole:
+                lent[tensor] = state
+        for fused in self._viewed:
+            fused.lend_state(self._base_state.get(fused.tensor, {}), lent)
+        return lent
+
+    def _write_back(self) -> None:
+        """Carry into the base groups and state what the step changed in the layer groups."""
+        if not self._base_groups:
+            return
+        for base, pieces in zip(self._base_groups, self._pieces, strict=True):
+            piece = pieces[0]
+            if piece is base:
+                continue
+            for key in piece.keys() - _OWN_KEYS:
+                if isinstance(base.get(key), torch.Tensor):
+                    base[key].copy_(piece[key])
+                else:
+                    base[key] = piece[key]
+        if not self._viewed:
+            return
+        lent = self.optimizer.state
+        views = {id(view) for f in self._viewed for vs in f.views.values() for view in vs}
+        for tensor, state in lent.items():
+            if id(tensor) not in views:
+                self._base_state[tensor] = state
+        for fused in self._viewed:
+            fused.return_state(self._base_state[fused.tensor], lent)
+
+    def _restore(self) -> None:
+        """Put Megatron's groups and state back; nothing to do if they stand."""
+        if self._base_groups:
+            self.optimizer.param_groups = self._base_groups
+            self.optimizer.state = self._base_state
+        for fused in self._viewed:
+            fused.release_gradient()
+        self._base_groups, self._base_state = [], None
+        self._pieces, self._viewed, self._depth = [], [], 0
+
+    def base_rates(self) -> dict[int, float]:
+        """Id of a stepped tensor -> base learning rate that the last step used for it."""
+        return {id(tensor): float(rate) for rate, tensors in self._rates for tensor in tensors}
+
+
+class LayerGroups:
+    """The layer groups of all inner optimizers on this rank.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned.
+        shards: catalog of this rank.
+        decoupled_decay: whether a matrix decays as at multiplier 1.
+    """
+
+    def __init__(
+        self, optimizer: Any, shards: Sequence[MatrixShard], *, decoupled_decay: bool = False
+    ) -> None:
+        by_parameter: dict[int, list[MatrixShard]] = defaultdict(list)
+        for shard in shards:
+            by_parameter[id(shard.parameter)].append(shard)
+        self._inner: list[InnerGroups] = []
+        for leaf in leaf_optimizers(optimizer):
+            parts = {
+                id(master.tensor): (master, _parts(master, by_parameter[id(master.parameter)]))
+                for master in masters_of(leaf)
+                if id(master.parameter) in by_parameter
+            }
+            self._inner.append(InnerGroups(leaf.optimizer, parts, decoupled_decay=decoupled_decay))
+
+    @property
+    def inseparable(self) -> dict[str, str]:
+        """Matrix that must share its parameter's multiplier -> the optimizer that demands it."""
+        return {
+            matrix: type(inner.optimizer).__name__
+            for inner in self._inner
+            if not inner.viewable
+            for _, parts in inner.parts.values()
+            if len(parts) > 1
+            for matrix, _ in parts
+        }
+
+    def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
+        """Multipliers for the next update; a matrix that is not named has 1."""
+        for inner in self._inner:
+            inner.multipliers = dict(multipliers)
+
+    @torch.no_grad()
+    def local_sums(self, matrices: Sequence[str], device: torch.device) -> torch.Tensor:
+        """What this rank knows of norms and rates, to be summed over the job.
+
+        Replicas bring equal shares, so sums over all ranks divided by the summed number of elements
+        are exact whatever is sharded or replicated.
+
+        Args:
+            matrices: ids, in the order of the result.
+            device: where the result is to lie.
+
+        Returns:
+            [len(matrices), 3] fp64: sum of squares, number of elements, and number of elements
+            times the base learning rate of the last step.
+        """
+        index = {matrix: row for row, matrix in enumerate(matrices)}
+        sums = torch.zeros(len(matrices), 3, dtype=torch.float64)
+        rows, squares = [], []
+        for inner in self._inner:
+            rates = inner.base_rates()
+            for master, parts in inner.parts.values():
+                rate = rates.get(id(master.tensor), math.nan)
+                flat = master.tensor.detach().view(-1)
+                for matrix, ranges in parts:
+                    count = sum(last - first for first, last in ranges)
+                    sums[index[matrix], 1] += count
+                    sums[index[matrix], 2] += count * rate
+                    for first, last in ranges:
+                        norm = torch.linalg.vector_norm(flat[first:last], dtype=torch.float64)
+                        squares.append(norm.square())
+                        rows.append(index[matrix])
+        if rows:
+            sums[:, 0].index_add_(0, torch.tensor(rows), torch.stack(squares).cpu())
+        return sums.to(device)
+
+
+def _parts(master: Master, shards: Sequence[MatrixShard]) -> tuple[Part, ...]:
+    """The matrices of one parameter inside the slice of it that an optimizer steps."""
+    columns = master.parameter.shape[1]
+    found = [
+        (shard.matrix, flat_ranges(shard.placement.spans, columns, master.start, master.stop))
+        for shard in shards
+    ]
+    # A slice of a vocabulary's padding alone holds no element of a matrix, but steps with it.
+    return tuple(found) if len(found) == 1 else tuple(part for part in found if part[1])
