@@ -1,0 +1,209 @@
+"""The controller: measures when due, moves the multipliers, and knows the state of both."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llr import state
+from megatron_llr.config import LLRConfig
+from megatron_llr.engine.measure import Measurement, SpectrumEngine
+from megatron_llr.observe.observer import Observer
+from megatron_llr.observe.summary import matrix_table, role_table
+from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr.policies import share_multipliers, targets_for
+from megatron_llr.ranks import together
+from megatron_llr.records import Directory
+from megatron_llr.schedule import MultiplierSchedule
+
+
+class LayerwiseController:
+    """One run's layerwise learning rates. Made by `attach`.
+
+    Call `prepare()` once, after the weights are loaded and before the first update; then
+    `after_update()` after every successful update. Both are entered by all ranks.
+
+    Attributes:
+        config: the settings.
+        directory: every logical matrix of the job.
+        next_update: number of the next successful update, from 1.
+    """
+
+    def __init__(
+        self,
+        config: LLRConfig,
+        directory: Directory,
+        engine: SpectrumEngine,
+        layer_groups: LayerGroups,
+        observer: Observer,
+        *,
+        inseparable: Collection[str],
+        synchronize: Callable[[], None],
+        device: torch.device,
+        total_updates: int,
+        iteration: int,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.next_update = iteration + 1
+        self._engine = engine
+        self._layer_groups = layer_groups
+        self._observer = observer
+        self._inseparable = inseparable
+        self._synchronize = synchronize
+        self._device = device
+        self._total_updates = total_updates
+        self._schedule: MultiplierSchedule | None = None
+        self._document: dict[str, Any] | None = None
+        self._alphas: dict[str, float] = {}
+        self._last_measured = time.perf_counter()
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Matrix id -> multiplier of the next update; 1 before `prepare`."""
+        now = self._schedule.multipliers(self.next_update) if self._schedule else {}
+        return {matrix: now.get(matrix, 1.0) for matrix in self.directory}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Matrix id -> exponent (of `config.estimator`) that the last measurement found."""
+        return dict(self._alphas)
+
+    def role_summary(self) -> str:
+        """A table per role: mean exponent, range of multipliers."""
+        return role_table(self._alphas, self.multipliers)
+
+    def describe(self) -> str:
+        """A table of every matrix: id, role, shape, shards, owner, multiplier."""
+        return matrix_table(self.directory, self._engine.owners, self.multipliers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state document: plain JSON values, identical on every rank.
+
+        Before `prepare` it is what was loaded, or empty, so that a checkpoint saved before training
+        loses nothing.
+        """
+        if self._schedule is None:
+            return dict(self._document or {})
+        return {
+            "version": state.VERSION,
+            "next_update": self.next_update,
+            "matrices": list(self.directory),
+            "meaning": self.config.meaning(),
+            "timing": self.config.timing(),
+            "schedule": self._schedule.state_dict(),
+            "alphas": dict(self._alphas),
+        }
+
+    def load_state_dict(self, document: Mapping[str, Any]) -> None:
+        """Take a saved state document; `prepare` goes on from it.
+
+        Raises:
+            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
+        """
+        if self.config.reset_state or not document:
+            return
+        for line in state.check(document, self.config, self.directory):
+            self._observer.say(line)
+        self._document = dict(document)
+
+    def prepare(self, iteration: int | None = None) -> None:
+        """Begin, or go on where a loaded state stood. Enter on all ranks, once.
+
+        Args:
+            iteration: updates done before this run, where it was not known to `attach`.
+
+        Raises:
+            ValueError: if the window for measurements has passed, or the log folder is unusable.
+        """
+        assert self._schedule is None, "prepare() was called twice"
+        if iteration is not None:
+            self.next_update = iteration + 1
+        if self._document is not None:
+            self.next_update = int(self._document["next_update"])
+        s, resumed = self.next_update, self._document is not None
+        together(
+            lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
+        )
+        if self._document is None:
+            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
+            self._measure()
+        else:
+            # The saved window holds; a longer --train-iters does not move it.
+            self._schedule = MultiplierSchedule.resume(self.config, self._document["schedule"])
+            self._alphas = dict(self._document["alphas"])
+        self._layer_groups.set_multipliers(self.multipliers)
+
+    def after_update(self) -> None:
+        """Count a successful update; measure if one is due. Enter on all ranks."""
+        assert self._schedule is not None, "prepare() must come before after_update()"
+        done, self.next_update = self.next_update, self.next_update + 1
+        if done % self._observer.log_interval == 0:
+            self._observe_rates(done)
+        if self._schedule.due(self.next_update):
+            self._measure()
+        if not self._schedule.settled(self.next_update):
+            self._layer_groups.set_multipliers(self.multipliers)
+
+    def _measure(self) -> None:
+        """Measure before the next update, and hand its targets to the schedule."""
+        assert self._schedule is not None
+        self._synchronize()
+        measurement = self._engine.measure()
+        alphas = self._exponents(measurement)
+        targets = targets_for(alphas, self.config)
+        kept = [matrix for matrix in alphas if matrix not in targets]
+        shared = share_multipliers(
+            {**self._schedule.targets, **targets},
+            self.directory,
+            self.config.granularity,
+            self._inseparable,
+        )
+        self._schedule.observe(self.next_update, shared)
+        self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
+        self._report(measurement, kept)
+        self._observer.measured(
+            self.next_update, measurement.table, shared, self.directory, measurement.spectra
+        )
+
+    def _exponents(self, measurement: Measurement) -> dict[str, float]:
+        """Exponent of every tunable matrix; NaN where there is none."""
+        exponents = {}
+        for matrix, info in self.directory.items():
+            if info.tunable:
+                record = measurement.table.get(matrix)
+                alpha = record.alpha(self.config.estimator) if record else None
+                exponents[matrix] = float("nan") if alpha is None else alpha
+        return exponents
+
+    def _report(self, measurement: Measurement, kept: list[str]) -> None:
+        now = time.perf_counter()
+        share = 100 * measurement.seconds / max(now - self._last_measured, measurement.seconds)
+        self._last_measured = now
+        self._observer.say(
+            f"measured {len(measurement.table)} matrices before update {self.next_update} in "
+            f"{measurement.seconds:.2f} s ({share:.1f} % of the time since the last measurement)"
+        )
+        if kept:
+            self._observer.say(
+                f"no usable exponent, multiplier kept: {', '.join(kept[:8])}"
+                + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+            )
+
+    def _observe_rates(self, done: int) -> None:
+        """Learning rates that update `done` used, and norms after it: one all-reduce."""
+        assert self._schedule is not None
+        used = self._schedule.multipliers(done)
+        matrices = list(self.directory)
+        sums = self._layer_groups.local_sums(matrices, self._device)
+        dist.all_reduce(sums)
+        rates: dict[str, tuple[float, float, float]] = {}
+        for matrix, (squares, count, weighted_rate) in zip(matrices, sums.tolist(), strict=True):
+            # Replicas bring equal shares: the ratio of element counts is their number.
+            norm = (squares * self.directory[matrix].numel / count) ** 0.5 if count else 0.0
+            rate = weighted_rate / count * used[matrix] if count else float("nan")
+            effective = rate / norm if norm > 0 else float("nan")
+            rates[matrix] = (used[matrix], rate, effective)
+        self._observer.stepped(done, rates)

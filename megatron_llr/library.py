@@ -1,0 +1,135 @@
+"""The library route: layerwise learning rates in anyone's Megatron-Core loop."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llr import host
+from megatron_llr.config import LLRConfig, flag
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.engine.measure import SpectrumEngine
+from megatron_llr.observe.csv_log import CsvLog
+from megatron_llr.observe.observer import Observer
+from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr.ranks import gather_objects, require_equal, together
+from megatron_llr.sharding.catalog import build_catalog
+from megatron_llr.sharding.directory import build_directory
+
+_LAYER_GROUPS = "llr_layer_groups"
+"""Attribute of the optimizer that holds the layer groups built with it."""
+
+# Settings that may differ from node to node without changing what is trained.
+_LOCAL_SETTINGS = frozenset({"log_dir"})
+
+
+def _build_layer_groups(
+    optimizer: Any, model_chunks: Sequence[torch.nn.Module], config: LLRConfig
+) -> LayerGroups:
+    catalog = together(lambda: build_catalog(model_chunks))
+    groups = together(
+        lambda: LayerGroups(optimizer, catalog, decoupled_decay=config.weight_decay == "decoupled")
+    )
+    setattr(optimizer, _LAYER_GROUPS, groups)
+    return groups
+
+
+def get_megatron_optimizer(
+    config: Any,
+    model_chunks: list[torch.nn.Module],
+    *args: Any,
+    llr: LLRConfig | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Megatron's `get_megatron_optimizer`, with layer param groups where `llr` is given.
+
+    Args:
+        config: Megatron's OptimizerConfig.
+        model_chunks: model chunks, wrapped in DistributedDataParallel.
+        llr: settings of the extension; without it this is Megatron's own function.
+        args: passed on.
+        kwargs: passed on.
+
+    Returns:
+        The MegatronOptimizer, its own param groups unchanged. Until `attach` and `prepare` it steps
+        exactly as Megatron's.
+
+    Raises:
+        ValueError: if a weight of the model has no place in the tables.
+    """
+    optimizer = host.get_megatron_optimizer(config, model_chunks, *args, **kwargs)
+    if llr is not None:
+        _build_layer_groups(optimizer, model_chunks, llr)
+    return optimizer
+
+
+def say(line: str) -> None:
+    """Print a line of the extension's, on rank 0."""
+    host.print_rank_0(f"[llr] {line}")
+
+
+def attach(
+    model_chunks: list[torch.nn.Module],
+    optimizer: Any,
+    config: LLRConfig,
+    *,
+    total_updates: int,
+    iteration: int = 0,
+    vocab_size: int | None = None,
+    observer: Observer | None = None,
+) -> LayerwiseController:
+    """Tie a controller to a model and its optimizer. Enter on all ranks.
+
+    Args:
+        model_chunks: as given to `get_megatron_optimizer`.
+        optimizer: what it returned; from Megatron's own function too.
+        config: settings of the extension.
+        total_updates: updates of the whole training run.
+        iteration: updates done before.
+        vocab_size: rows of embedding and head before padding, if they are to be measured.
+        observer: where measurements go; by default the CSV files of `config.log_dir`.
+
+    Returns:
+        The controller; call its `prepare()` once the weights are loaded.
+
+    Raises:
+        ValueError: if a weight has no place in the tables, or no matrix can be tuned.
+        RuntimeError: if settings differ between ranks.
+    """
+    settings = {
+        flag(field): value
+        for field, value in asdict(config).items()
+        if field not in _LOCAL_SETTINGS
+    }
+    require_equal(settings, lambda setting: f"give every rank the same {setting}")
+    groups = getattr(optimizer, _LAYER_GROUPS, None)
+    if groups is None:
+        groups = _build_layer_groups(optimizer, model_chunks, config)
+    catalog = together(lambda: build_catalog(model_chunks, vocab_size=vocab_size))
+    directory = build_directory(catalog)
+    inseparable: dict[str, str] = {}
+    for reported in gather_objects(groups.inseparable):
+        inseparable.update(reported)
+    if inseparable and config.granularity == "projection":
+        say(
+            f"{', '.join(sorted(set(inseparable.values())))} cannot step parts of a tensor: "
+            f"{len(inseparable)} fused matrices share the mean multiplier of their parameter"
+        )
+    if observer is None:
+        folder = config.log_dir if dist.get_rank() == 0 else None
+        observer = Observer(say=say, csv_log=CsvLog(folder) if folder else None)
+    device = next((shard.parameter.device for shard in catalog), torch.device("cpu"))
+    return LayerwiseController(
+        config,
+        directory,
+        SpectrumEngine(catalog, directory, config),
+        groups,
+        observer,
+        inseparable=frozenset(inseparable),
+        synchronize=lambda: host.synchronize_parameters(model_chunks, optimizer),
+        device=device,
+        total_updates=total_updates,
+        iteration=iteration,
+    )

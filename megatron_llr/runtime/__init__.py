@@ -1,0 +1,1 @@
+"""Where a job runs: the choice between CUDA and CPU, and the CPU substitutions."""

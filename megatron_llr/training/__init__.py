@@ -1,0 +1,1 @@
+"""The extension inside `megatron.training`: flags, scheduler, hooks, and the GPT job."""

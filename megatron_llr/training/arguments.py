@@ -1,0 +1,89 @@
+"""`--llr-*` flags beside Megatron's own, and the flags of Megatron's that are not supported yet."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import Any
+
+from megatron_llr import host
+from megatron_llr.config import LLRConfig
+from megatron_llr.errors import user_error
+
+_PREFIX = "llr_"
+
+
+class _PrefixedFlags(host.ArgumentGroupFactory):  # type: ignore[misc]
+    """Megatron's own way from a dataclass to flags, with `--llr-` before every name."""
+
+    def _format_arg_name(self, config_attr: str, prefix: str | None = None) -> str:
+        name: str = super()._format_arg_name(_PREFIX + config_attr, prefix)
+        return name
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["dest"] = _PREFIX + attribute.name
+        kwargs["help"] = kwargs["help"].replace("%", "%%")
+        return kwargs
+
+
+def add_llr_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of `LLRConfig`; for Megatron's `extra_args_provider`."""
+    _PrefixedFlags(LLRConfig).build_group(parser, title="layerwise learning rates")
+    return parser
+
+
+def config_from_args(args: Namespace) -> LLRConfig:
+    """The settings in parsed flags.
+
+    Raises:
+        ValueError: naming the flag with a bad value.
+    """
+    return LLRConfig(
+        **{field.name: getattr(args, _PREFIX + field.name) for field in fields(LLRConfig)}
+    )
+
+
+# What this version has not learned, by the flag that asks for it: (attribute of args, the values
+# that are fine, flag).
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("context_parallel_size", (1,), "--context-parallel-size"),
+    ("num_experts", (None,), "--num-experts"),
+    ("multi_latent_attention", (False,), "--multi-latent-attention"),
+    ("mtp_num_layers", (None, 0), "--mtp-num-layers"),
+    ("hybrid_layer_pattern", (None,), "--hybrid-layer-pattern"),
+    ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
+    ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
+    ("heterogeneous_layers_config_encoded_json", (None, ""), "--heterogeneous-layers-config-*"),
+    ("gtp_weight_remat_size", (1,), "--gtp-weight-remat-size"),
+    ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
+    ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
+    ("optimizer", ("adam", "sgd"), "--optimizer"),
+    ("optimizer_cpu_offload", (False,), "--optimizer-cpu-offload"),
+    ("optimizer_cuda_graph", (False,), "--optimizer-cuda-graph"),
+    ("overlap_param_gather_with_optimizer_step", (False,), "--overlap-param-gather-with-…-step"),
+    ("fp8_param_gather", (False,), "--fp8-param-gather"),
+    ("fp4_param_gather", (False,), "--fp4-param-gather"),
+    ("sft", (False,), "--sft"),
+    ("fim_data", (False,), "--fim-data"),
+    ("dataloader_inter_document_masking", (False,), "--dataloader-inter-document-masking"),
+    ("perform_rl_step", (False,), "--perform-rl-step"),
+    ("logits_load_dir", (None,), "--logits-load-dir"),
+    ("skip_train", (False,), "--skip-train"),
+    ("yaml_cfg", (None,), "--yaml-cfg"),
+)
+
+
+def refuse_unsupported(args: Namespace) -> None:
+    """Refuse what this version cannot train correctly, before anything is built.
+
+    Raises:
+        ValueError: naming the first flag that asks for it.
+    """
+    for attribute, fine, flag in _UNSUPPORTED:
+        value = getattr(args, attribute, fine[0])
+        if value not in fine:
+            raise user_error(
+                f"{flag} is not supported yet",
+                got=f"{flag} {value}",
+                allowed=f"{flag} {' or '.join(str(choice) for choice in fine)}",
+                remedy=f"leave {flag} out, or train without this extension",
+            )

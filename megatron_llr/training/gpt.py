@@ -1,0 +1,149 @@
+"""The GPT pretraining job on `megatron.training.pretrain`: batches, loss, datasets.
+
+The megatron-core wheel carries the training loop and no script that calls it; this is the part of
+such a script that every GPT job needs. Its meaning follows Megatron-LM's own GPT entry point.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from megatron_llr import host
+
+Batch = dict[str, torch.Tensor | None]
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
+    """The batch of this microbatch on this rank; tensors of shape [micro batch, sequence].
+
+    Stages in the middle of the pipeline need none of it and get None throughout.
+    """
+    if not host.is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_BATCH_KEYS)
+    args = host.get_args()
+    batch: dict[str, Any] = {}
+    if host.mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        loaded = next(data_iterator)
+        batch = {
+            key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
+            for key in _BATCH_KEYS
+        }
+    received: Batch = host.get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=host.mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=host.mpu.get_tensor_model_parallel_group(),
+        cp_size=1,
+        tp_rank=host.mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=host.mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=host.mpu.is_pipeline_last_stage(),
+    )
+    return received
+
+
+def _masked_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the token losses under the mask, their number, and both for the log."""
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    if host.get_args().check_for_nan_in_loss_and_grad:
+        rerun = host.get_rerun_state_machine()
+        for name, reject in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            rerun.validate_result(
+                result=loss,
+                rejection_func=reject,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1).to(loss.dtype)])}
+    return loss, num_tokens, report
+
+
+def forward_step(
+    data_iterator: Iterator[Any] | None, model: torch.nn.Module
+) -> tuple[torch.Tensor, LossFunction]:
+    """Forward one microbatch; the loss function is returned for Megatron to call.
+
+    Returns:
+        Token losses of shape [micro batch, sequence] on the last stage, else hidden states, and
+        the function that turns them into (sum of losses, number of tokens, log report).
+    """
+    timers = host.get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    # Megatron calls the loss on the last stage alone, where the mask is there.
+    return output, partial(_masked_loss, cast(torch.Tensor, batch["loss_mask"]))
+
+
+def _reads_data_here(vp_stage: int | None) -> bool:
+    on_first_tensor_rank: bool = host.mpu.get_tensor_model_parallel_rank() == 0
+    return on_first_tensor_rank and host.is_first_or_last_pipeline_stage(vp_stage)
+
+
+def datasets_provider(
+    train_valid_test_num_samples: list[int], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Megatron's GPT datasets for training, validation and test, from the parsed flags."""
+    args = host.get_args()
+    blend, blend_per_split = host.get_blend_and_blend_per_split(args)
+    config = host.GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=host.build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+    dataset_class = host.MockGPTDataset if args.mock_data else host.GPTDataset
+    builder = host.BlendedMegatronDatasetBuilder(
+        dataset_class,
+        train_valid_test_num_samples,
+        partial(_reads_data_here, vp_stage=vp_stage),
+        config,
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+# Megatron reads this attribute: the datasets are built on several ranks, not on one.
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+    """Ranks that hold word embeddings: the first stage, and the last where they are tied."""
+    tied = not host.get_args().untie_embeddings_and_output_weights
+    return sorted({pipeline_ranks[0], pipeline_ranks[-1]} if tied else {pipeline_ranks[0]})

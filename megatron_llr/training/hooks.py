@@ -1,0 +1,124 @@
+"""The one place that rebinds names in `megatron.training`: three seams, undone on exit."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_llr import host, library
+from megatron_llr.config import LLRConfig
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.errors import topology_error
+from megatron_llr.observe.csv_log import CsvLog
+from megatron_llr.observe.observer import Observer
+from megatron_llr.training.scheduler import LayerwiseParamScheduler
+
+# The parameters that the seams rely on, by the name that is rebound.
+_EXPECTED = {
+    "get_megatron_optimizer": ["config", "model_chunks"],
+    "get_optimizer_param_scheduler": ["optimizer"],
+    "setup_model_and_optimizer": ["model_type", "model_provider_func", "checkpointing_context"],
+}
+
+
+def _check_seams() -> None:
+    for name, expected in _EXPECTED.items():
+        found = list(inspect.signature(getattr(host.training_module, name)).parameters)
+        if found[: len(expected)] != expected:
+            raise topology_error(
+                f"megatron.training.training.{name} is not the function this package knows",
+                got=f"parameters {found}",
+                allowed=f"parameters that begin with {expected}",
+                remedy="install megatron-core 0.19.x",
+            )
+
+
+class _Seams:
+    """What takes the place of the rebound names during one run."""
+
+    def __init__(self, config: LLRConfig) -> None:
+        self.config = config
+        self.controller: LayerwiseController | None = None
+        self._setup = host.training_module.setup_model_and_optimizer
+        self._model_chunks: list[Any] = []
+
+    def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
+        """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
+        self._model_chunks = model_chunks
+        return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
+
+    def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:
+        """Stand where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
+        args = host.get_args()
+        self.controller = library.attach(
+            self._model_chunks,
+            optimizer,
+            self.config,
+            # set from --train-samples by now, if that is what was given
+            total_updates=args.train_iters,
+            vocab_size=args.vocab_size,
+            observer=_observer(self.config, args.log_interval),
+        )
+        return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
+
+    def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """After Megatron's own set-up the weights are loaded and all ranks are here: prepare."""
+        built = self._setup(*args, **kwargs)
+        assert self.controller is not None
+        self.controller.prepare(host.get_args().iteration)
+        if self.config.dry_run:
+            host.print_rank_0(self.controller.describe())
+            dist.barrier()
+            raise SystemExit(0)
+        return built
+
+
+def _observer(config: LLRConfig, log_interval: int) -> Observer:
+    # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
+    folder = config.log_dir if dist.get_rank() == 0 else None
+    return Observer(
+        say=library.say,
+        csv_log=CsvLog(folder) if folder else None,
+        tensorboard=host.get_tensorboard_writer(),
+        wandb=host.get_wandb_writer(),
+        log_interval=log_interval,
+    )
+
+
+@contextlib.contextmanager
+def installed(config: LLRConfig) -> Iterator[_Seams]:
+    """Train with layerwise learning rates inside this context.
+
+    Rebinds, in `megatron.training.training`: `get_megatron_optimizer`, `OptimizerParamScheduler`
+    and `setup_model_and_optimizer`.
+
+    Raises:
+        RuntimeError: if one of them is not the function this package knows.
+    """
+    _check_seams()
+    seams = _Seams(config)
+    rebound = {
+        "get_megatron_optimizer": seams.get_megatron_optimizer,
+        "OptimizerParamScheduler": seams.scheduler,
+        "setup_model_and_optimizer": seams.setup_model_and_optimizer,
+    }
+    before = {name: getattr(host.training_module, name) for name in rebound}
+    for name, replacement in rebound.items():
+        setattr(host.training_module, name, replacement)
+    try:
+        yield seams
+    finally:
+        for name, original in before.items():
+            setattr(host.training_module, name, original)
+
+
+def use_prebuilt_dataset_helpers() -> None:
+    """Keep Megatron from calling make: the wheel ships its C++ helpers built, and no Makefile."""
+    host.datasets_utils.compile_helpers = partial(_confirm_helpers)
+
+
+def _confirm_helpers() -> None:
+    import megatron.core.datasets.helpers_cpp  # noqa: F401

@@ -1,0 +1,43 @@
+"""One pretraining job: Megatron's flags plus `--llr-*`, Megatron's loop, and the extension."""
+
+import torch.distributed as dist
+
+from megatron_llr import host
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.training import gpt
+from megatron_llr.training.arguments import add_llr_arguments, config_from_args, refuse_unsupported
+from megatron_llr.training.hooks import installed, use_prebuilt_dataset_helpers
+
+
+def pretrain() -> LayerwiseController:
+    """Parse `sys.argv`, then train with `megatron.training.pretrain`.
+
+    Returns:
+        The controller of the finished run.
+
+    Raises:
+        ValueError: for a flag that is wrong or not supported, on every rank.
+        SystemExit: with code 0 after `--llr-dry-run`.
+    """
+    use_prebuilt_dataset_helpers()
+    args = host.parse_and_validate_args(extra_args_provider=add_llr_arguments)
+    config = config_from_args(args)
+    refuse_unsupported(args)
+    container = host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args))
+    with installed(config) as seams:
+        host.pretrain(
+            container,
+            gpt.datasets_provider,
+            host.ModelType.encoder_or_decoder,
+            gpt.forward_step,
+            get_embedding_ranks=gpt.embedding_ranks,
+        )
+    assert seams.controller is not None
+    host.print_rank_0(seams.controller.role_summary())
+    return seams.controller
+
+
+def shut_down() -> None:
+    """Leave the process group, so that the job ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

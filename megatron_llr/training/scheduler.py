@@ -1,0 +1,47 @@
+"""Megatron's learning-rate scheduler as a carrier: calls the controller, keeps its state."""
+
+from typing import Any
+
+from megatron_llr import host, state
+from megatron_llr.controller import LayerwiseController
+
+
+class LayerwiseParamScheduler(host.OptimizerParamScheduler):  # type: ignore[misc]
+    """`OptimizerParamScheduler` that tells a controller of every successful update.
+
+    The base learning rates it sets are Megatron's, to the bit. `step` is called on all ranks after
+    every successful update, outside any CUDA graph; that makes it the place for collectives.
+
+    Args:
+        controller: told of updates; its state document travels in `state_dict()`.
+        args: passed on.
+        kwargs: passed on.
+    """
+
+    def __init__(self, *args: Any, controller: LayerwiseController, **kwargs: Any) -> None:
+        # Megatron's constructor calls step(0).
+        self._controller = controller
+        self._loading = False
+        super().__init__(*args, **kwargs)
+
+    def step(self, increment: int) -> None:
+        """Set the base learning rates; after a real update, let the controller act."""
+        super().step(increment)
+        if increment > 0 and not self._loading:
+            self._controller.after_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Megatron's state, and the controller's as one JSON string."""
+        document = self._controller.state_dict()
+        return {**super().state_dict(), state.KEY: state.encode(document) if document else ""}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load Megatron's state, and the controller's where the checkpoint has one."""
+        # Megatron's loader calls step(num_steps), which is no update.
+        self._loading = True
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = False
+        if not self._controller.config.reset_state:
+            self._controller.load_state_dict(state.decode(state_dict.get(state.KEY)) or {})

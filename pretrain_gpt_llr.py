@@ -1,0 +1,29 @@
+"""Pretrain a GPT model on Megatron with a learning rate for every weight matrix.
+
+Usage:
+    torchrun --nproc-per-node 8 pretrain_gpt_llr.py <Megatron's flags> --llr-log-dir runs/llr
+
+Every flag of Megatron's GPT training works as it does there; `--llr-*` flags are listed at the end
+of --help. With a GPU the job runs on CUDA and NCCL, without one on CPU and gloo.
+"""
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_llr.runtime import launch
+
+
+@record
+def main() -> None:
+    """Choose the device, then train."""
+    launch.main_arguments()
+    # Imports megatron, which must not happen before the device is chosen.
+    from megatron_llr.training import job
+
+    try:
+        job.pretrain()
+    finally:
+        job.shut_down()
+
+
+if __name__ == "__main__":
+    main()
