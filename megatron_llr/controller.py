@@ -58,7 +58,7 @@ class LayerwiseController:
         self._schedule: MultiplierSchedule | None = None
         self._document: dict[str, Any] | None = None
         self._alphas: dict[str, float] = {}
-        self._last_measured = time.perf_counter()
+        self._last_measured: float | None = None
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -179,12 +179,14 @@ class LayerwiseController:
         return exponents
 
     def _report(self, measurement: Measurement, kept: list[str]) -> None:
-        now = time.perf_counter()
-        share = 100 * measurement.seconds / max(now - self._last_measured, measurement.seconds)
+        now, share = time.perf_counter(), ""
+        if self._last_measured is not None:
+            percent = 100 * measurement.seconds / (now - self._last_measured)
+            share = f" ({percent:.1f} % of the time since the last measurement)"
         self._last_measured = now
         self._observer.say(
             f"measured {len(measurement.table)} matrices before update {self.next_update} in "
-            f"{measurement.seconds:.2f} s ({share:.1f} % of the time since the last measurement)"
+            f"{measurement.seconds:.2f} s{share}"
         )
         if kept:
             self._observer.say(

@@ -119,6 +119,7 @@ __all__ = [
     "ProcessGroupCollection",
     "build_tokenizer",
     "check_version",
+    "confirm_dataset_helpers",
     "datasets_utils",
     "destroy_global_vars",
     "destroy_num_microbatches_calculator",
@@ -149,6 +150,11 @@ def process_groups(model_chunks: list[torch.nn.Module]) -> Any:
     """Process groups of the model: its own collection, else Megatron's global one."""
     groups = getattr(unwrap_model(model_chunks[0]), "pg_collection", None)
     return groups or ProcessGroupCollection.use_mpu_process_groups()
+
+
+def confirm_dataset_helpers() -> None:
+    """Fail with an import error, not in the middle of training, if the C++ helpers are missing."""
+    import megatron.core.datasets.helpers_cpp  # noqa: F401
 
 
 def synchronize_parameters(model_chunks: list[torch.nn.Module], optimizer: Any) -> None:

@@ -173,11 +173,14 @@ def _substitute_torch() -> None:
     optimizer_class._accelerator_graph_capture_health_check = _nothing
     original_loader_init = torch.utils.data.DataLoader.__init__
 
-    def unpinned_loader_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def loader_init(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs["pin_memory"] = False
+        # An iterator draws a seed for its workers. From the default generator, which here also
+        # drives dropout, that draw would come after a checkpoint's generator state is restored.
+        kwargs.setdefault("generator", torch.Generator())
         original_loader_init(self, *args, **kwargs)
 
-    torch.utils.data.DataLoader.__init__ = unpinned_loader_init  # type: ignore[method-assign]
+    torch.utils.data.DataLoader.__init__ = loader_init  # type: ignore[method-assign]
 
 
 def _substitute_megatron() -> None:

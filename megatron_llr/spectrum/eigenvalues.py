@@ -76,6 +76,9 @@ def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.T
                 if _holds(eigenvalues, allowed_range) and torch.isfinite(eigenvalues).all():
                     return eigenvalues.double(), method
         with contextlib.suppress(_SolverError):
-            return torch.linalg.svdvals(weight.double()).square().flip(0), "svd64"
+            values = torch.linalg.svdvals(weight.double()).flip(0)
+            # Below this a singular value is rounding alone: the matrix has a lower rank.
+            rounding = values.numel() * torch.finfo(values.dtype).eps * values[-1]
+            return torch.where(values > rounding, values, 0.0).square(), "svd64"
     nothing = torch.full((min(weight.shape),), torch.nan, dtype=torch.float64, device=weight.device)
     return nothing, "failed"

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -117,8 +116,4 @@ def installed(config: LLRConfig) -> Iterator[_Seams]:
 
 def use_prebuilt_dataset_helpers() -> None:
     """Keep Megatron from calling make: the wheel ships its C++ helpers built, and no Makefile."""
-    host.datasets_utils.compile_helpers = partial(_confirm_helpers)
-
-
-def _confirm_helpers() -> None:
-    import megatron.core.datasets.helpers_cpp  # noqa: F401
+    host.datasets_utils.compile_helpers = host.confirm_dataset_helpers

@@ -1,0 +1,1 @@
+"""Text into Megatron's indexed datasets."""

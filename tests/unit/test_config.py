@@ -1,0 +1,69 @@
+"""LLRConfig: the flags are pinned, every bad value names its flag."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from megatron_llr import LLRConfig
+from megatron_llr.config import flag
+
+FLAGS = ["--llr-policy", "--llr-min-multiplier", "--llr-max-multiplier", "--llr-interval", "--llr-ramp-iters", "--llr-active-fraction", "--llr-active-iters", "--llr-estimator", "--llr-mapping", "--llr-inverse", "--llr-quantile", "--llr-mean-preserving", "--llr-granularity", "--llr-weight-decay", "--llr-embedding", "--llr-spectrum", "--llr-log-dir", "--llr-dry-run", "--llr-reset-state", "--llr-device"]
+
+
+def test_the_flags_are_these() -> None:
+    """A new flag is a decision: it is added here too."""
+    assert [flag(field.name) for field in fields(LLRConfig)] == FLAGS
+
+
+def test_the_defaults_are_the_published_settings() -> None:
+    config = LLRConfig()
+    assert (config.min_multiplier, config.max_multiplier) == (1.0, 5.0)
+    assert (config.interval, config.ramp_iters, config.active_fraction) == (100, 50, 0.2)
+    assert (config.estimator, config.mapping, config.embedding) == ("hill_median", "linear", "max")
+    assert config.granularity == "projection"
+
+
+@pytest.mark.parametrize(
+    ("values", "flag_name"),
+    [
+        ({"policy": "sharpest"}, "--llr-policy"),
+        ({"estimator": "alpha"}, "--llr-estimator"),
+        ({"mapping": "cubic"}, "--llr-mapping"),
+        ({"granularity": "layer"}, "--llr-granularity"),
+        ({"spectrum": "approximate"}, "--llr-spectrum"),
+        ({"device": "tpu"}, "--llr-device"),
+        ({"weight_decay": "none"}, "--llr-weight-decay"),
+        ({"min_multiplier": 0.0}, "--llr-min-multiplier"),
+        ({"min_multiplier": 6.0}, "--llr-min-multiplier"),
+        ({"max_multiplier": float("inf")}, "--llr-max-multiplier"),
+        ({"max_multiplier": float("nan")}, "--llr-max-multiplier"),
+        ({"interval": 0}, "--llr-interval"),
+        ({"interval": 50, "ramp_iters": 50}, "--llr-ramp-iters"),
+        ({"ramp_iters": -1}, "--llr-ramp-iters"),
+        ({"active_fraction": 0.0}, "--llr-active-fraction"),
+        ({"active_fraction": 1.5}, "--llr-active-fraction"),
+        ({"active_iters": 0}, "--llr-active-iters"),
+        ({"quantile": 0.5}, "--llr-quantile"),
+        ({"embedding": "biggest"}, "--llr-embedding"),
+        ({"embedding": "-1"}, "--llr-embedding"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_its_flag(
+    values: dict[str, Any], flag_name: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^megatron_llr: bad ") as caught:
+        LLRConfig(**values)
+    text = str(caught.value)
+    assert f"bad {flag_name}:" in text
+    assert "got " in text
+    assert "allowed: " in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("embedding", "multiplier"),
+    [("max", 5.0), ("one", 1.0), ("measured", None), ("2.5", 2.5)],
+)
+def test_the_embedding_policies(embedding: str, multiplier: float | None) -> None:
+    assert LLRConfig(embedding=embedding).embedding_multiplier() == multiplier

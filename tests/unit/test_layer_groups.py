@@ -1,0 +1,241 @@
+"""Layer groups on real torch optimizers, against the same matrices as separate parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llr.optim.capability import takes_views
+from megatron_llr.optim.layer_groups import InnerGroups
+from megatron_llr.optim.masters import Master
+from megatron_llr.runtime.cpu_adam import GroupStepAdamW
+from megatron_llr.sharding.layout import flat_ranges, interleaved
+
+SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+MULTIPLIERS = {"q": 1.5, "k": 5.0, "v": 0.25}
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, foreach=False, **SETTINGS),
+    "adamw-foreach": lambda groups: torch.optim.AdamW(groups, foreach=True, **SETTINGS),
+    "group-step": lambda groups: GroupStepAdamW(groups, **SETTINGS),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1),
+}
+
+
+def fused_groups(
+    optimizer: torch.optim.Optimizer,
+    tensor: torch.Tensor,
+    ranges: dict[str, Sequence[tuple[int, int]]],
+    *,
+    decoupled_decay: bool = False,
+) -> InnerGroups:
+    """Layer groups of one fused tensor."""
+    parts = tuple((matrix, tuple(found)) for matrix, found in ranges.items())
+    master = Master(tensor, torch.nn.Parameter(tensor))
+    groups = InnerGroups(optimizer, {id(tensor): (master, parts)}, decoupled_decay=decoupled_decay)
+    groups.multipliers = MULTIPLIERS
+    return groups
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@given(data=st.data())
+def test_fused_is_bitwise_separate(kind: str, data: st.DataObject) -> None:
+    """q, k, v fused, in a slice cut anywhere, step as q, k, v apart with the same gradients."""
+    heads, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    spans = interleaved([("q", 4), ("k", 2), ("v", 2)], heads, 0, 8 * heads)
+    size = 8 * heads * columns
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    ranges = {m: flat_ranges(runs, columns, start, stop) for m, runs in spans.items()}
+    ranges = {matrix: found for matrix, found in ranges.items() if found}
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    fused = torch.randn(stop - start, generator=generator)
+    norm = torch.randn(7, generator=generator)
+
+    def gather(tensor: torch.Tensor, matrix: str) -> torch.Tensor:
+        return torch.cat([tensor[first:last] for first, last in ranges[matrix]])
+
+    apart = {matrix: gather(fused, matrix).clone() for matrix in ranges}
+    other_norm = norm.clone()
+    optimizer = OPTIMIZERS[kind]([{"params": [fused, norm]}])
+    fused_groups(optimizer, fused, ranges)
+    separate = OPTIMIZERS[kind](
+        [{"params": [apart[m]], "lr": 0.01 * MULTIPLIERS[m]} for m in ranges]
+        + [{"params": [other_norm]}]
+    )
+    for _ in range(4):
+        fused.grad = torch.randn(fused.shape, generator=generator)
+        norm.grad = torch.randn(7, generator=generator)
+        for matrix, tensor in apart.items():
+            tensor.grad = gather(fused.grad, matrix)
+        other_norm.grad = norm.grad.clone()
+        optimizer.step()
+        separate.step()
+        for matrix, tensor in apart.items():
+            assert torch.equal(gather(fused, matrix), tensor), matrix
+        assert torch.equal(norm, other_norm)
+    assert set(optimizer.state) == {fused, norm}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+
+
+RANGES = {"q": [(0, 12), (24, 36)], "k": [(12, 18), (36, 42)], "v": [(18, 24), (42, 48)]}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_state_is_that_of_a_plain_optimizer(kind: str) -> None:
+    """Keys, shapes and counters as without the extension, so checkpoints are too."""
+    dicts = []
+    for extended in (True, False):
+        tensor = torch.nn.Parameter(torch.ones(8, 6))
+        # SGD's decay enters its momentum, and with it the weights, which differ.
+        decay = {"weight_decay": 0.0} if kind == "sgd" else {}
+        optimizer = OPTIMIZERS[kind]([{"params": [tensor], **decay}])
+        if extended:
+            fused_groups(optimizer, tensor, RANGES)
+        for _ in range(3):
+            tensor.grad = torch.full((8, 6), 0.5)
+            optimizer.step()
+        dicts.append(optimizer.state_dict())
+    extended_state, plain_state = (found["state"][0] for found in dicts)
+    assert list(extended_state) == list(plain_state)
+    for key, value in plain_state.items():
+        if isinstance(value, torch.Tensor):
+            assert extended_state[key].shape == value.shape
+            assert torch.equal(extended_state[key], value), key
+    assert dicts[0]["param_groups"] == dicts[1]["param_groups"]
+
+
+def test_a_loaded_state_is_taken_up() -> None:
+    """After load_state_dict the cached views of the old state must not be used."""
+    runs = []
+    for reload in (False, True):
+        tensor = torch.nn.Parameter(torch.ones(8, 6))
+        optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+        fused_groups(optimizer, tensor, RANGES)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(4):
+            if reload:
+                optimizer.load_state_dict(optimizer.state_dict())
+            tensor.grad = torch.randn(8, 6, generator=generator)
+            optimizer.step()
+        runs.append(tensor.detach().clone())
+    assert torch.equal(*runs)
+
+
+def test_no_copy_of_weights_or_state_is_kept() -> None:
+    tensor = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+    groups = fused_groups(optimizer, tensor, RANGES)
+    for _ in range(2):
+        tensor.grad = torch.ones(8, 6)
+        optimizer.step()
+    (fused,) = groups._fused.values()
+    storage = {tensor.untyped_storage().data_ptr()}
+    assert {v.untyped_storage().data_ptr() for vs in fused.views.values() for v in vs} == storage
+    state = optimizer.state[tensor]
+    for lent in fused._states:
+        for key in ("exp_avg", "exp_avg_sq"):
+            storages = [found[key].untyped_storage().data_ptr() for found in (lent, state)]
+            assert storages[0] == storages[1]
+
+
+class Nested(torch.optim.AdamW):
+    """An optimizer whose step calls its parent's: torch fires the step hooks twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_nested_step_applies_multipliers_once() -> None:
+    results = []
+    for kind in (torch.optim.AdamW, Nested):
+        tensor = torch.nn.Parameter(torch.ones(8, 6))
+        optimizer = kind([{"params": [tensor]}], **SETTINGS)
+        fused_groups(optimizer, tensor, RANGES)
+        for _ in range(2):
+            tensor.grad = torch.ones(8, 6)
+            optimizer.step()
+        results.append(tensor.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_failing_step_leaves_megatrons_groups_and_the_next_step_works() -> None:
+    class Fragile(torch.optim.AdamW):
+        broken = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.broken:
+                assert len(self.param_groups) == 3
+                raise RuntimeError("boom")
+            return super().step(closure)
+
+    tensor = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = Fragile([{"params": [tensor]}], **SETTINGS)
+    fused_groups(optimizer, tensor, RANGES)
+    base, state = optimizer.param_groups, optimizer.state
+    for broken in (False, True, False):
+        tensor.grad = torch.ones(8, 6)
+        optimizer.broken = broken
+        if broken:
+            with pytest.raises(RuntimeError, match="boom"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert optimizer.param_groups is base
+        assert optimizer.state is state
+    assert float(optimizer.state[tensor]["step"]) == 2
+
+
+def test_other_hooks_never_see_the_layer_groups() -> None:
+    tensor = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+    seen = []
+    optimizer.register_step_post_hook(lambda opt, *_: seen.append(len(opt.param_groups)))
+    fused_groups(optimizer, tensor, RANGES)
+    tensor.grad = torch.ones(8, 6)
+    optimizer.step()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_scales_with_the_multiplier_or_does_not(decoupled: bool) -> None:
+    """With no gradient but decay, W shrinks by lr * multiplier * wd, or by lr * wd."""
+    tensor = torch.nn.Parameter(torch.ones(8, 6, dtype=torch.float64))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+    fused_groups(optimizer, tensor, RANGES, decoupled_decay=decoupled)
+    tensor.grad = torch.zeros(8, 6, dtype=torch.float64)
+    optimizer.step()
+    flat = tensor.detach().view(-1)
+    for matrix, ranges in RANGES.items():
+        factor = 1.0 if decoupled else MULTIPLIERS[matrix]
+        for first, last in ranges:
+            assert flat[first:last].tolist() == pytest.approx(
+                [1 - 0.01 * 0.1 * factor] * (last - first), rel=1e-12
+            )
+
+
+class WholeMatrix(torch.optim.Optimizer):
+    """An update of whole matrices, as Muon's: each row by the norm of the matrix."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data.sub_(group["lr"] * param.grad / param.grad.norm())
+
+
+def test_capability_is_asked_not_known_by_name() -> None:
+    def tensor() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.ones(4, 4))
+
+    for make in OPTIMIZERS.values():
+        optimizer = make([{"params": [tensor()]}])
+        assert takes_views(optimizer)
+        assert not optimizer.state
+    assert not takes_views(WholeMatrix([tensor()]))
+    assert takes_views(WholeMatrix([{"params": []}]))

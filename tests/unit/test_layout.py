@@ -1,0 +1,79 @@
+"""Index algebra: fused, sharded rows against plain reshapes of the whole parameter."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llr.engine.exchange import assemble
+from megatron_llr.sharding.families import BLOCK_WEIGHTS, TransformerShape
+from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved, stacked
+
+RULES = {rule.path: rule.layout for rule in BLOCK_WEIGHTS}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (8, 2), (8, 1)])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_qkv_of_all_ranks_makes_up_q_k_and_v(
+    heads: int, groups: int, shards: int, gated: bool
+) -> None:
+    """Also where a query group is split over ranks; the oracle is a reshape by query group."""
+    channels, columns = 6, 5
+    shape = TransformerShape(heads, groups, channels, True, gated)
+    per_group = heads // groups * channels
+    sizes = [per_group, *([per_group] if gated else []), channels, channels]
+    fused = torch.arange(groups * sum(sizes) * columns).view(groups, sum(sizes), columns)
+    parts = fused.split(sizes, dim=1)
+    roles = ["q", "gate", "k", "v"] if gated else ["q", "k", "v"]
+    local = fused.reshape(-1, columns).chunk(shards)
+    spans = [
+        RULES["self_attention.linear_qkv.weight"](shape, len(local[rank]), rank)
+        for rank in range(shards)
+    ]
+    for role, part in zip(roles, parts, strict=True):
+        whole = part.reshape(-1, columns)
+        placements = [Placement(found.get(role, ()), 0, columns) for found in spans]
+        pieces = [
+            torch.cat([local[r][s.local : s.local + s.count] for s in p.spans]).view(-1)
+            if p.spans
+            else local[r][:0].view(-1)
+            for r, p in enumerate(placements)
+        ]
+        assert torch.equal(assemble(pieces, placements, *whole.shape), whole), role
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_gate_and_up_are_stacked_on_every_rank(shards: int) -> None:
+    whole = {"gate": torch.arange(24).view(8, 3), "up": 100 + torch.arange(24).view(8, 3)}
+    for shard in range(shards):
+        local = torch.cat([whole[role].chunk(shards)[shard] for role in ("gate", "up")])
+        for role, spans in stacked(("gate", "up"), len(local), shard).items():
+            (span,) = spans
+            piece = local[span.local : span.local + span.count]
+            assert torch.equal(piece, whole[role][span.logical : span.logical + span.count])
+
+
+@given(st.data())
+def test_flat_ranges_of_all_roles_cover_every_slice_once(data: st.DataObject) -> None:
+    """Wherever a distributed-optimizer shard is cut, also inside a row."""
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    periods, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    rows = periods * sum(sizes)
+    parts = [(f"r{i}", size) for i, size in enumerate(sizes)]
+    spans = interleaved(parts, periods, 0, rows)
+    start = data.draw(st.integers(0, rows * columns - 1))
+    stop = data.draw(st.integers(start + 1, rows * columns))
+    owner = [role for _ in range(periods) for role, size in parts for _ in range(size * columns)]
+    seen = [""] * (stop - start)
+    for role, runs in spans.items():
+        for first, last in flat_ranges(runs, columns, start, stop):
+            for position in range(first, last):
+                assert seen[position] == ""
+                seen[position] = role
+    assert seen == owner[start:stop]
+
+
+def test_touching_runs_are_joined() -> None:
+    assert interleaved([("q", 2)], 3, 0, 6) == {"q": (Span(0, 0, 6),)}
+    assert flat_ranges((Span(0, 0, 1), Span(1, 5, 1)), 4, 0, 8) == ((0, 8),)

@@ -1,0 +1,130 @@
+"""Mappings, embedding policy, granularity: what happens at the edges of the golden cases."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llr import LLRConfig, assign_multipliers
+from megatron_llr.config import GRANULARITIES, MAPPINGS
+from megatron_llr.policies import share_multipliers, targets_for
+from megatron_llr.records import Directory, MatrixInfo
+
+ALPHAS = {"block.0.mlp.up": 2.0, "block.0.mlp.down": 3.0, "block.1.mlp.up": 4.0}
+
+
+def test_linear_is_the_papers_map() -> None:
+    assert assign_multipliers(ALPHAS, LLRConfig()) == {
+        "block.0.mlp.up": 1.0,
+        "block.0.mlp.down": 3.0,
+        "block.1.mlp.up": 5.0,
+    }
+
+
+@pytest.mark.parametrize(("embedding", "expected"), [("max", 5.0), ("one", 1.0), ("2.5", 2.5)])
+def test_embedding_and_head_follow_their_policy_and_stay_out_of_the_pool(
+    embedding: str, expected: float
+) -> None:
+    alphas = {**ALPHAS, "embedding": 99.0, "head": math.nan}
+    found = assign_multipliers(alphas, LLRConfig(embedding=embedding))
+    assert found["embedding"] == found["head"] == expected
+    assert found["block.0.mlp.down"] == 3.0
+
+
+def test_a_measured_embedding_is_mapped_like_the_others_and_clipped() -> None:
+    config = LLRConfig(embedding="measured")
+    found = assign_multipliers({**ALPHAS, "embedding": 3.5, "head": 9.0}, config)
+    assert (found["embedding"], found["head"]) == (4.0, 5.0)
+    assert "head" not in assign_multipliers({**ALPHAS, "head": math.nan}, config)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("inverse", [False, True])
+@given(alphas=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=0, max_size=9))
+def test_no_exponent_gives_a_multiplier_that_is_not_finite(
+    mapping: str, inverse: bool, alphas: list[float]
+) -> None:
+    named = {f"block.{i % 3}.mlp.m{i}": alpha for i, alpha in enumerate(alphas)}
+    named["embedding"] = math.nan
+    for value in assign_multipliers(named, LLRConfig(mapping=mapping, inverse=inverse)).values():
+        assert math.isfinite(value)
+        assert value > 0
+
+
+def test_equal_or_missing_exponents_leave_a_matrix_out() -> None:
+    assert assign_multipliers({"a.0.m": 2.0, "a.1.m": 2.0}, LLRConfig()) == {}
+    found = assign_multipliers({**ALPHAS, "block.1.mlp.down": math.nan}, LLRConfig())
+    assert "block.1.mlp.down" not in found
+    assert found["block.1.mlp.up"] == 5.0
+
+
+def test_quantiles_keep_an_outlier_from_stretching_the_scale() -> None:
+    alphas = {f"block.{i}.mlp.up": 2 + 0.01 * i for i in range(20)} | {"block.20.mlp.up": 50.0}
+    plain = assign_multipliers(alphas, LLRConfig())
+    clipped = assign_multipliers(alphas, LLRConfig(mapping="quantile"))
+    assert plain["block.19.mlp.up"] < 1.1
+    assert clipped["block.19.mlp.up"] == clipped["block.20.mlp.up"] == 5.0
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_mean_preserving_multipliers_have_mean_1(mapping: str) -> None:
+    alphas = {f"block.{i // 4}.mlp.m{i}": 2 + 0.1 * i * i for i in range(12)}
+    config = LLRConfig(mapping=mapping, mean_preserving=True)
+    found = assign_multipliers({**alphas, "embedding": math.nan}, config)
+    assert sum(found[matrix] for matrix in alphas) / 12 == pytest.approx(1.0)
+    assert min(found.values()) < 1
+
+
+def test_bounds_below_1_are_allowed() -> None:
+    config = LLRConfig(min_multiplier=0.5, max_multiplier=1.5)
+    assert sorted(assign_multipliers(ALPHAS, config).values()) == [0.5, 1.0, 1.5]
+
+
+def test_uniform_is_1_everywhere() -> None:
+    assert set(targets_for(ALPHAS, LLRConfig(policy="uniform")).values()) == {1.0}
+
+
+def info(matrix: str, cluster: str, rows: int) -> MatrixInfo:
+    return MatrixInfo(matrix, cluster, rows, 64, ((0,),), False)
+
+
+@pytest.fixture
+def directory() -> Directory:
+    found = [info("embedding", "embedding", 300)]
+    for block in (0, 1):
+        qkv = f"block.{block}.attention.qkv"
+        found += [
+            info(f"block.{block}.attention.q", qkv, 128),
+            info(f"block.{block}.attention.k", qkv, 32),
+            info(f"block.{block}.attention.v", qkv, 64),
+            info(f"block.{block}.attention.o", f"block.{block}.attention.o", 128),
+        ]
+    return {entry.matrix: entry for entry in found}
+
+
+def test_granularities_share_the_mean_weighted_by_size(directory: Directory) -> None:
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
+    at = {g: share_multipliers(targets, directory, g) for g in GRANULARITIES}
+    assert at["projection"] == targets
+    q, k, v, o = (f"block.0.attention.{role}" for role in "qkvo")
+    mean = (targets[q] * 128 + targets[k] * 32 + targets[v] * 64) / 224
+    assert at["parameter"][q] == at["parameter"][k] == at["parameter"][v] == pytest.approx(mean)
+    assert at["parameter"][o] == targets[o]
+    other = "block.1.attention.q"
+    assert at["role"][q] == at["role"][other] == (targets[q] + targets[other]) / 2
+    # 32 eigenvalues are too few: such a matrix takes no part, and stays as it is.
+    assert at["role"][k] == at["block"][k] == targets[k]
+    assert at["block"][q] == at["block"][o] != at["block"][other]
+    assert all(found["embedding"] == targets["embedding"] for found in at.values())
+
+
+def test_an_optimizer_that_cannot_step_parts_shares_whatever_the_granularity(
+    directory: Directory,
+) -> None:
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
+    fused = [matrix for matrix in directory if matrix.startswith("block.0.attention.")]
+    found = share_multipliers(targets, directory, "projection", fused)
+    whole = share_multipliers(targets, directory, "parameter")
+    assert [found[matrix] for matrix in fused] == [whole[matrix] for matrix in fused]
+    assert found["block.1.attention.q"] == targets["block.1.attention.q"]

@@ -1,0 +1,59 @@
+"""Figures and a summary of a finished or running job, from its log folder.
+
+Usage: python tools/report_run.py RUN_DIR
+
+Reads measurements.csv and learning_rates.csv (--llr-log-dir) and, if there are any, the TensorBoard
+events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside them.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from megatron_llr.observe import plots
+from megatron_llr.observe.summary import role_table
+
+
+def validation_loss(folder: Path) -> str | None:
+    """The last validation loss in the run's TensorBoard events, or None."""
+    if not any(folder.glob("events.*")):
+        return None
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    points = [
+        (point.step, point.value)
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("lm loss validation") and tag.endswith("validation")
+        for point in events.Scalars(tag)
+    ]
+    return f"validation loss {points[-1][1]:.4f} after update {points[-1][0]}" if points else None
+
+
+def main() -> int:
+    """Draw, then print the table per role and the validation loss."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="folder given as --llr-log-dir")
+    folder = parser.parse_args().run_dir
+    try:
+        rows = plots.last_measurement(folder)
+        plots.multiplier_map(folder, folder / "multipliers.png")
+        plots.learning_rate_lines(folder, folder / "learning_rates.png")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    alphas = {row["matrix"]: float(row["alpha_hill_median"] or math.nan) for row in rows}
+    print(f"\nafter the measurement before update {rows[0]['iteration']}:")
+    print(role_table(alphas, {row["matrix"]: float(row["target_multiplier"]) for row in rows}))
+    loss = validation_loss(folder / "tensorboard")
+    if loss:
+        print(loss)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
