@@ -1,7 +1,7 @@
 """The controller: measures when due, moves the multipliers, and knows the state of both."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron_llr.policies import share_multipliers, targets_for
 from megatron_llr.ranks import together
 from megatron_llr.records import Directory
 from megatron_llr.schedule import MultiplierSchedule
+from megatron_llr.sharding.catalog import MatrixShard
 
 
 class LayerwiseController:
@@ -35,25 +36,26 @@ class LayerwiseController:
         self,
         config: LLRConfig,
         directory: Directory,
+        catalog: Sequence[MatrixShard],
         engine: SpectrumEngine,
         layer_groups: LayerGroups,
         observer: Observer,
         *,
         inseparable: Collection[str],
         synchronize: Callable[[], None],
-        device: torch.device,
         total_updates: int,
         iteration: int,
     ) -> None:
         self.config = config
         self.directory = directory
         self.next_update = iteration + 1
+        self._catalog = catalog
         self._engine = engine
         self._layer_groups = layer_groups
         self._observer = observer
         self._inseparable = inseparable
         self._synchronize = synchronize
-        self._device = device
+        self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
         self._schedule: MultiplierSchedule | None = None
         self._document: dict[str, Any] | None = None
@@ -199,7 +201,7 @@ class LayerwiseController:
         assert self._schedule is not None
         used = self._schedule.multipliers(done)
         matrices = list(self.directory)
-        sums = self._layer_groups.local_sums(matrices, self._device)
+        sums = self._layer_groups.local_sums(self._catalog, matrices, self._device)
         dist.all_reduce(sums)
         rates: dict[str, tuple[float, float, float]] = {}
         for matrix, (squares, count, weighted_rate) in zip(matrices, sums.tolist(), strict=True):

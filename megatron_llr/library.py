@@ -120,16 +120,15 @@ def attach(
     if observer is None:
         folder = config.log_dir if dist.get_rank() == 0 else None
         observer = Observer(say=say, csv_log=CsvLog(folder) if folder else None)
-    device = next((shard.parameter.device for shard in catalog), torch.device("cpu"))
     return LayerwiseController(
         config,
         directory,
+        catalog,
         SpectrumEngine(catalog, directory, config),
         groups,
         observer,
         inseparable=frozenset(inseparable),
         synchronize=lambda: host.synchronize_parameters(model_chunks, optimizer),
-        device=device,
         total_updates=total_updates,
         iteration=iteration,
     )

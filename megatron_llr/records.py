@@ -11,9 +11,7 @@ EMBEDDING_IDS = frozenset({"embedding", "position_embedding", "head"})
 MIN_EIGENVALUES = 50
 
 # The order in which roles are listed, that of the data's way through a block.
-ROLES = tuple(
-    "embedding position_embedding q k v o gate up down router head".split()  # noqa: SIM905
-)
+ROLES = tuple("embedding position_embedding q k v o gate up down router head".split())
 
 _FIRST_NUMBER = re.compile(r"^(.*?\.)?(\d+)(?:\.|$)")
 _EXPERT = re.compile(r"\.expert\.(\d+)\.")

@@ -189,9 +189,7 @@ class LayerGroups:
     def __init__(
         self, optimizer: Any, shards: Sequence[MatrixShard], *, decoupled_decay: bool = False
     ) -> None:
-        by_parameter: dict[int, list[MatrixShard]] = defaultdict(list)
-        for shard in shards:
-            by_parameter[id(shard.parameter)].append(shard)
+        by_parameter = _by_parameter(shards)
         self._inner: list[InnerGroups] = []
         for leaf in leaf_optimizers(optimizer):
             parts = {
@@ -219,13 +217,16 @@ class LayerGroups:
             inner.multipliers = dict(multipliers)
 
     @torch.no_grad()
-    def local_sums(self, matrices: Sequence[str], device: torch.device) -> torch.Tensor:
+    def local_sums(
+        self, shards: Sequence[MatrixShard], matrices: Sequence[str], device: torch.device
+    ) -> torch.Tensor:
         """What this rank knows of norms and rates, to be summed over the job.
 
         Replicas bring equal shares, so sums over all ranks divided by the summed number of elements
         are exact whatever is sharded or replicated.
 
         Args:
+            shards: catalog of this rank; rows that it leaves out (padding) do not count.
             matrices: ids, in the order of the result.
             device: where the result is to lie.
 
@@ -236,12 +237,13 @@ class LayerGroups:
         index = {matrix: row for row, matrix in enumerate(matrices)}
         sums = torch.zeros(len(matrices), 3, dtype=torch.float64)
         rows, squares = [], []
+        by_parameter = _by_parameter(shards)
         for inner in self._inner:
             rates = inner.base_rates()
-            for master, parts in inner.parts.values():
+            for master, _ in inner.parts.values():
                 rate = rates.get(id(master.tensor), math.nan)
                 flat = master.tensor.detach().view(-1)
-                for matrix, ranges in parts:
+                for matrix, ranges in _parts(master, by_parameter[id(master.parameter)]):
                     count = sum(last - first for first, last in ranges)
                     sums[index[matrix], 1] += count
                     sums[index[matrix], 2] += count * rate
@@ -252,6 +254,13 @@ class LayerGroups:
         if rows:
             sums[:, 0].index_add_(0, torch.tensor(rows), torch.stack(squares).cpu())
         return sums.to(device)
+
+
+def _by_parameter(shards: Sequence[MatrixShard]) -> dict[int, list[MatrixShard]]:
+    found: dict[int, list[MatrixShard]] = defaultdict(list)
+    for shard in shards:
+        found[id(shard.parameter)].append(shard)
+    return found
 
 
 def _parts(master: Master, shards: Sequence[MatrixShard]) -> tuple[Part, ...]:

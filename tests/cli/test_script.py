@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "1", "--seq-length", "16", "--max-position-embeddings", "16", "--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--mock-data", "--vocab-size", "100", "--tokenizer-type", "NullTokenizer", "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "4", "--split", "99,1,0", "--eval-iters", "0", "--log-interval", "1", "--llr-device", "cpu", "--llr-interval", "2", "--llr-ramp-iters", "1", "--llr-active-fraction", "1.0"]
+MODEL = (
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 1 --seq-length 16 "
+    "--max-position-embeddings 16 --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --mock-data --vocab-size 100 "
+    "--tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 "
+    "--train-iters 4 --split 99,1,0 --eval-iters 0 --log-interval 1 --llr-device cpu "
+    "--llr-interval 2 --llr-ramp-iters 1 --llr-active-fraction 1.0"
+).split()
 
 
 def environment() -> dict[str, str]:
@@ -22,8 +29,10 @@ def environment() -> dict[str, str]:
 def torchrun(*flags: str, launch: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     start = launch or ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *start]
-        + ["pretrain_gpt_llr.py", *MODEL, *flags],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", *start),
+            *("pretrain_gpt_llr.py", *MODEL, *flags),
+        ],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -8,7 +8,12 @@ import pytest
 from megatron_llr import LLRConfig
 from megatron_llr.config import flag
 
-FLAGS = ["--llr-policy", "--llr-min-multiplier", "--llr-max-multiplier", "--llr-interval", "--llr-ramp-iters", "--llr-active-fraction", "--llr-active-iters", "--llr-estimator", "--llr-mapping", "--llr-inverse", "--llr-quantile", "--llr-mean-preserving", "--llr-granularity", "--llr-weight-decay", "--llr-embedding", "--llr-spectrum", "--llr-log-dir", "--llr-dry-run", "--llr-reset-state", "--llr-device"]
+FLAGS = """
+--llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
+--llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
+--llr-mean-preserving --llr-granularity --llr-weight-decay --llr-embedding --llr-spectrum
+--llr-log-dir --llr-dry-run --llr-reset-state --llr-device
+""".split()
 
 
 def test_the_flags_are_these() -> None:
