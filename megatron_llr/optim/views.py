@@ -31,6 +31,7 @@ class FusedTensor:
             for matrix, ranges in parts
             for view, (first, last) in zip(self.views[matrix], ranges, strict=True)
         ]
+        self._kept_gradient: torch.Tensor | None = None
         self._sources: dict[str, Any] = {}
         self._states: list[dict[str, Any]] = [{} for _ in self._ranged]
 
@@ -38,6 +39,8 @@ class FusedTensor:
         """Give every view its part of the tensor's gradient, under the name it stands under."""
         for name in ("grad", "decoupled_grad"):
             gradient = getattr(self.tensor, name, None)
+            if gradient is not None and gradient is self._kept_gradient:
+                continue
             if gradient is None:
                 for view, _, _ in self._ranged:
                     setattr(view, name, None)
@@ -47,7 +50,15 @@ class FusedTensor:
                     setattr(view, name, flat[first:last])
 
     def release_gradient(self) -> None:
-        """Drop the references to the gradient, so that its memory can be freed."""
+        """Drop the references to the gradient, so that its memory can be freed.
+
+        A gradient that lies in Megatron's buffer is not freed between steps; its slices are kept.
+        """
+        gradient = getattr(self.tensor, "grad", None)
+        if gradient is not None and gradient is getattr(self.tensor, "main_grad", None):
+            self._kept_gradient = gradient
+            return
+        self._kept_gradient = None
         for view, _, _ in self._ranged:
             view.grad = None
             view.decoupled_grad = None  # type: ignore[attr-defined]

@@ -30,6 +30,8 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
 }
 
+_ANSWERED_HERE = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
+
 _enabled = False
 
 
@@ -49,16 +51,18 @@ class _CudaToCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            tensor = args[0]
-            return _CUDA_TYPE_NAMES.get(tensor.dtype) or func(*args)
+        # Every torch call passes here: the common ones must leave again at once.
+        if func in _ANSWERED_HERE:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+            if func is torch.Tensor.to:
+                args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
+        if not kwargs:
+            return func(*args)
         if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        if func is torch.Tensor.to:
-            args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
+            kwargs = {**kwargs, "device": CPU}
         return func(*args, **kwargs)
 
 

@@ -53,11 +53,13 @@ class GroupStepAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient; count one step in every group."""
         if closure is not None:
             raise ValueError("closure is not supported")
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group)
+        # Nothing below names a device, so the CPU route's function mode has nothing to answer.
+        with torch._C.DisableTorchFunction():
+            for group in self.param_groups:
+                group["step"] = int(group.get("step", 0)) + 1
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self._update(param, param.grad, group)
 
     def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

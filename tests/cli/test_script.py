@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
-    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 1 --seq-length 16 "
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 2 --seq-length 16 "
     "--max-position-embeddings 16 --swiglu --normalization RMSNorm --position-embedding-type rope "
     "--disable-bias-linear --untie-embeddings-and-output-weights --mock-data --vocab-size 100 "
     "--tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 "
-    "--train-iters 4 --split 99,1,0 --eval-iters 0 --log-interval 1 --llr-device cpu "
-    "--llr-interval 2 --llr-ramp-iters 1 --llr-active-fraction 1.0"
+    "--train-iters 4 --split 99,1,0 --eval-iters 0 --eval-interval 9 --log-interval 1 "
+    "--llr-device cpu --llr-interval 2 --llr-ramp-iters 1 --llr-active-fraction 1.0"
 ).split()
 
 

@@ -1,0 +1,222 @@
+"""Run Megatron's own training loop, many times in one process, and keep what tests ask about."""
+
+import contextlib
+import functools
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llr.runtime import launch
+
+launch.prepare_device(["--llr-device", "cpu"])
+
+from megatron_llr import host  # noqa: E402
+from megatron_llr.controller import LayerwiseController  # noqa: E402
+from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
+from megatron_llr.ranks import gather_objects  # noqa: E402
+from megatron_llr.sharding.catalog import build_catalog  # noqa: E402
+from megatron_llr.training import gpt, job  # noqa: E402
+
+MODEL = (
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 16 --max-position-embeddings 16 "
+    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
+).split()
+
+TRAINING = (
+    "--train-iters 8 --lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 2 --lr-decay-style cosine "
+    "--weight-decay 0.1 --clip-grad 1.0 --split 99,1,0 --eval-iters 0 --eval-interval 100 "
+    "--log-interval 1 --distributed-timeout-minutes 2 --ckpt-format torch_dist --dist-ckpt-strictness assume_ok_unexpected"
+).split()
+
+VOCAB_SIZE = 250
+
+# Two measurements within the run, a ramp that is under way at iteration 4, a window that ends.
+LLR = "--llr-interval 4 --llr-ramp-iters 3 --llr-active-fraction 0.75".split()
+
+
+@dataclass
+class Run:
+    """What one run of the loop left in memory."""
+
+    losses: list[float] = field(default_factory=list)
+    model: list[torch.nn.Module] = field(default_factory=list)
+    optimizer: Any = None
+    scheduler: Any = None
+
+    @property
+    def controller(self) -> LayerwiseController:
+        """The controller of a run with the extension."""
+        found: LayerwiseController = self.scheduler._controller
+        return found
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Multipliers of the next update."""
+        return self.controller.multipliers
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Exponents of the last measurement."""
+        return self.controller.alphas
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters, cloned, by chunk and name."""
+        return {
+            f"{index}.{name}": parameter.detach().clone()
+            for index, chunk in enumerate(self.model)
+            for name, parameter in host.unwrap_model(chunk).named_parameters()
+        }
+
+    def whole_weights(self, vocab_size: int = VOCAB_SIZE) -> dict[str, torch.Tensor]:
+        """Every logical matrix of the model, whole, on every rank."""
+        found: dict[str, torch.Tensor] = {}
+        for shard in build_catalog(self.model, vocab_size=vocab_size):
+            pieces: list[Any] = [None] * len(shard.ranks)
+            dist.all_gather_object(pieces, cut(shard).contiguous().reshape(-1), group=shard.group)
+            parts = zip(pieces, shard.placements, strict=True)
+            if not shard.split:
+                parts = iter([(pieces[0], shard.placements[0])])
+            chosen = list(parts)
+            found[shard.matrix] = assemble(
+                [piece for piece, _ in chosen],
+                [placement for _, placement in chosen],
+                shard.rows,
+                shard.columns,
+            ).float()
+        merged: dict[str, torch.Tensor] = {}
+        for other in gather_objects(found):
+            merged.update(other)
+        return merged
+
+
+
+
+OnUpdate = Callable[[Run, int, bool], None]
+"""(run, update, whether it is done) -> nothing."""
+
+def drop_groups() -> None:
+    """Destroy the process groups of earlier runs: each holds threads of its own."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def clean_up() -> None:
+    """Forget Megatron's globals, so that the next run begins as in a new process.
+
+    The groups stay until the next run: a test may still measure the model that was trained.
+    """
+    host.destroy_global_vars()
+    host.mpu.destroy_model_parallel()
+    host.destroy_num_microbatches_calculator()
+    host.destroy_rerun_state_machine()
+
+
+@contextlib.contextmanager
+def _command_line(flags: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = ["pretrain_gpt_llr.py", *launch.CPU_FLAGS, *flags]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextlib.contextmanager
+def _recorded(run: Run, on_update: OnUpdate | None) -> Iterator[None]:
+    """Keep losses, model and optimizer of the run that happens inside."""
+    training = host.training_module
+    names = ("training_log", "setup_model_and_optimizer", "train_step")
+    before = {name: getattr(training, name) for name in names}
+
+    @functools.wraps(before["training_log"])
+    def training_log(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "lm loss" in loss_dict:
+            value = loss_dict["lm loss"]
+            run.losses.append(float(value if value.ndim == 0 else value[0] / value[1]))
+        return before["training_log"](loss_dict, *args, **kwargs)
+
+    @functools.wraps(before["setup_model_and_optimizer"])
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        built = before["setup_model_and_optimizer"](*args, **kwargs)
+        run.model, run.optimizer, run.scheduler = built
+        return built
+
+    @functools.wraps(before["train_step"])
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        assert on_update is not None
+        update = host.get_args().curr_iteration + 1
+        on_update(run, update, False)
+        result = before["train_step"](*args, **kwargs)
+        on_update(run, update, True)
+        return result
+
+    if on_update is not None:
+        training.train_step = train_step
+    training.training_log = training_log
+    training.setup_model_and_optimizer = setup_model_and_optimizer
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(training, name, original)
+
+
+@contextlib.contextmanager
+def _stop(flags: list[str]) -> Iterator[None]:
+    """Megatron leaves the process at --exit-interval; here the test goes on."""
+    try:
+        yield
+    except SystemExit as stopped:
+        if "--exit-interval" not in flags or stopped.code != 0:
+            raise
+
+
+def _train_plain() -> None:
+    """Megatron's loop without the extension: the control of every comparison."""
+    job.use_prebuilt_dataset_helpers()
+    args = host.parse_and_validate_args(extra_args_provider=job.add_llr_arguments)
+    container = host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args))
+    host.pretrain(
+        container,
+        gpt.datasets_provider,
+        host.ModelType.encoder_or_decoder,
+        gpt.forward_step,
+        get_embedding_ranks=gpt.embedding_ranks,
+    )
+
+
+def train(*flags: str, llr: bool = True, on_update: OnUpdate | None = None) -> Run:
+    """Train the small model; flags given here come last and so win.
+
+    Args:
+        flags: further flags, each string may hold several.
+        llr: with the extension, or plain Megatron.
+        on_update: called before and after every update, with the number of the update.
+
+    Returns:
+        The run; losses are the same on every rank.
+    """
+    extra = [word for text in flags for word in text.split()]
+    run = Run()
+    drop_groups()
+    try:
+        with _command_line([*MODEL, *TRAINING, *(LLR if llr else []), *extra]):
+            with _recorded(run, on_update), _stop(extra):
+                if llr:
+                    job.pretrain()
+                else:
+                    _train_plain()
+    finally:
+        clean_up()
+    run.losses = next((losses for losses in gather_objects(run.losses)[::-1] if losses), [])
+    return run

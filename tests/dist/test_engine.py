@@ -1,0 +1,92 @@
+"""The engine against plain code: no spectrum twice, sharded values pooled, padding left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import train
+from layouts import HERE, Layout
+
+from megatron_llr.engine import measure
+from megatron_llr.ranks import gather_objects
+
+
+@pytest.fixture(params=HERE, ids=str)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    found: Layout = request.param
+    return found
+
+
+def test_no_spectrum_is_computed_twice_anywhere(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the whole job: as many solver calls as matrices; embedding and head are not among
+    them."""
+    shapes: list[tuple[int, ...]] = []
+    solve = measure.eigenvalues_of
+
+    def counted(weight: torch.Tensor, *, full: bool = False) -> object:
+        shapes.append(tuple(weight.shape))
+        return solve(weight, full=full)
+
+    monkeypatch.setattr(measure, "eigenvalues_of", counted)
+    run = train(layout.flags, "--exit-interval 1")
+    solved = [shape for told in gather_objects(shapes) for shape in told]
+    expected = [
+        (info.rows, info.columns)
+        for matrix, info in run.controller.directory.items()
+        if matrix not in ("embedding", "head")
+    ]
+    assert sorted(solved) == sorted(expected)
+
+
+def test_sharded_pools_the_singular_values_of_the_shards(layout: Layout) -> None:
+    """With tensor parallelism: each rank's own, pooled; without: the same as exact."""
+    run = train(layout.flags, "--exit-interval 1 --llr-spectrum sharded")
+    spectra = run.controller._engine.measure().spectra
+    ways = len(next(iter(run.controller.directory.values())).holders[0])
+    for matrix, weight in run.whole_weights().items():
+        if matrix in spectra:
+            role = matrix.rsplit(".", 1)[-1]
+            pieces = [weight]
+            if ways > 1:
+                pieces = list(weight.chunk(ways, dim=1 if role in ("o", "down") else 0))
+            if role in "kv" and ways == 4:
+                continue  # two groups over four ranks: not an even cut
+            pooled = torch.cat([torch.linalg.svdvals(piece.double()) for piece in pieces])
+            found = spectra[matrix]
+            assert len(found) == len(pooled), matrix
+            # fp64 eigenvalues of a Gram matrix hold small singular values to about 1e-7.
+            assert torch.allclose(found, pooled.sort().values, atol=1e-6), matrix
+
+
+def test_a_measured_embedding_does_not_depend_on_padding(layout: Layout) -> None:
+    """Vocabulary 250, padded to 252 or 256 rows: the padding is not measured."""
+    alphas = {}
+    for divisible in (2, 32):
+        flags = f"--make-vocab-size-divisible-by {divisible} --llr-embedding measured"
+        run = train(layout.flags, flags, "--exit-interval 1")
+        assert run.controller.directory["head"].rows == 250
+        from tests.reference.llr import hill_median
+
+        whole = run.whole_weights()
+        for matrix in ("embedding", "head"):
+            assert run.alphas[matrix] == pytest.approx(hill_median(whole[matrix]), rel=1e-3)
+        alphas[divisible] = run.alphas
+    assert set(alphas) == {2, 32}
+
+
+def test_dry_run_prints_and_stops_with_code_0(
+    layout: Layout, capfd: pytest.CaptureFixture[str], shared_dir: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train(layout.flags, "--llr-dry-run")
+    assert stopped.value.code == 0
+    printed = [text for text in gather_objects(capfd.readouterr().out) if "multiplier" in text]
+    assert len(printed) == 1
+    lines = [line.split() for line in printed[0].splitlines()]
+    head = next(line for line in lines if line[:1] == ["matrix"])
+    assert head == ["matrix", "role", "shape", "shards", "owner", "multiplier"]
+    found = {line[0]: line for line in lines if line and line[0].startswith("block.")}
+    assert len(found) == 28
+    assert found["block.3.mlp.down"][1:3] == ["down", "128x192"]

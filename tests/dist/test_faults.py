@@ -1,0 +1,119 @@
+"""Bad input and bad weights: the same one-line error on every rank, or the rule for weights."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Run, train
+
+from megatron_llr import host
+from megatron_llr.ranks import gather_objects, require_equal, together
+
+
+def error_of(*flags: str) -> str:
+    """The error that a job ends with, which must be the same on every rank."""
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        train(*flags)
+    told = gather_objects((type(caught.value), str(caught.value)))
+    assert all(other == told[0] for other in told)
+    assert "\n" not in told[0][1]
+    return str(told[0][1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--llr-policy best", "bad --llr-policy"),
+        ("--llr-interval 4 --llr-ramp-iters 4", "bad --llr-ramp-iters: got 4; allowed: 0 to"),
+        ("--llr-active-fraction 0.01", "--llr-active-fraction leaves no update"),
+        ("--mtp-num-layers 1", "--mtp-num-layers is not supported yet"),
+        ("--sft", "--sft is not supported yet"),
+        ("--logits-load-dir x", "--logits-load-dir is not supported yet"),
+        (
+            "--hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 4",
+            "the model has no matrix to tune",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_on_all_ranks(flags: str, text: str) -> None:
+    assert text in error_of(flags)
+
+
+@pytest.mark.parametrize("found", ["0.16.1", "0.20.0"])
+def test_another_megatron_core_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.metadata, "version", lambda name: found)
+    with pytest.raises(ValueError, match=rf"megatron-core: got {found}; allowed: >=0.19,<0.20"):
+        host.check_version()
+
+
+@pytest.mark.world_size(2)
+def test_context_parallelism_is_refused_by_name() -> None:
+    assert "--context-parallel-size is not supported yet" in error_of("--context-parallel-size 2")
+
+
+def spoil(run: Run, matrix: str, value: float) -> None:
+    """Overwrite one matrix of the model on the ranks that hold it."""
+    from megatron_llr.sharding.catalog import build_catalog
+
+    for shard in build_catalog(run.model):
+        if shard.matrix == matrix:
+            for span in shard.placement.spans:
+                with torch.no_grad():
+                    shard.parameter[span.local : span.local + span.count].fill_(value)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_spoilt_matrix_keeps_its_multiplier_and_is_named(
+    value: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Zero and NaN weights never reach a learning rate (design section 3)."""
+    seen: dict[str, float] = {}
+
+    def before_measurement(run: Run, update: int, done: bool) -> None:
+        # The measurement before update 4 follows update 3; its weights are spoilt during update 3.
+        if update == 3 and not done:
+            controller = run.controller
+            seen.update(controller.multipliers)
+            measure = controller._engine.measure
+
+            def spoilt() -> object:
+                spoil(run, "block.1.mlp.up", value)
+                return measure()
+
+            controller._engine.measure = spoilt
+
+    run = train(
+        "--exit-interval 3 --no-check-for-nan-in-loss-and-grad", on_update=before_measurement
+    )
+    multipliers = run.multipliers
+    assert multipliers["block.1.mlp.up"] == seen["block.1.mlp.up"]
+    assert all(math.isfinite(value) and value > 0 for value in multipliers.values())
+    if dist.get_rank() == 0:
+        assert "no usable exponent, multiplier kept: block.1.mlp.up" in capfd.readouterr().out
+
+
+@pytest.mark.world_size(2, 4)
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
+    def fails() -> int:
+        if dist.get_rank() == 1:
+            raise ValueError("no room")
+        return 1
+
+    with pytest.raises(ValueError, match=r"no room \(rank 1\)"):
+        together(fails)
+
+
+@pytest.mark.world_size(2, 4)
+def test_settings_that_differ_between_ranks_are_found() -> None:
+    with pytest.raises(RuntimeError, match="--llr-interval differs between ranks.*0 on rank 0"):
+        require_equal({"--llr-interval": dist.get_rank()}, lambda setting: f"set {setting}")
+
+
+def test_a_log_folder_that_cannot_be_written_is_an_error_at_start(shared_dir: Path) -> None:
+    if dist.get_rank() == 0:
+        (shared_dir / "file").write_text("")
+    dist.barrier()
+    with pytest.raises((ValueError, RuntimeError), match="file"):
+        train(f"--llr-log-dir {shared_dir / 'file'}")

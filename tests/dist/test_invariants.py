@@ -1,0 +1,149 @@
+"""Design invariants 1, 2 and 5 on Megatron's real loop, at every layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import Run, train
+from layouts import HERE, Layout
+
+from megatron_llr import assign_multipliers
+from megatron_llr.optim.masters import leaf_optimizers, masters_of
+from megatron_llr.ranks import gather_objects
+from megatron_llr.sharding.catalog import build_catalog
+from megatron_llr.sharding.layout import flat_ranges
+from tests.reference import llr as reference
+
+UPDATES = 8
+
+
+@dataclass
+class Runs:
+    """The three runs that most tests ask about."""
+
+    plain: Run
+    uniform: Run
+    esd: Run
+
+
+@pytest.fixture(scope="module", params=HERE, ids=str)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Every layout of this world size; pytest runs all tests of one before the next."""
+    found: Layout = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(layout: Layout) -> Runs:
+    """Plain Megatron, the control policy, and LLR, from the same initial weights."""
+    return Runs(
+        plain=train(layout.flags, llr=False),
+        uniform=train(layout.flags, "--llr-policy uniform"),
+        esd=train(layout.flags),
+    )
+
+
+def test_uniform_is_plain_megatron_to_the_bit(runs: Runs) -> None:
+    """Invariant 1; esd is not plain Megatron, so the comparison can fail."""
+    assert len(runs.plain.losses) == UPDATES
+    assert runs.plain.losses == runs.uniform.losses
+    weights, controls = runs.plain.parameters(), runs.uniform.parameters()
+    assert weights.keys() == controls.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, controls[name]), name
+    # The base rate of update 1 is 0, so the loss of update 3 is the first that can differ.
+    assert runs.plain.losses[:2] == runs.esd.losses[:2]
+    assert runs.plain.losses[3:] != runs.esd.losses[3:]
+
+
+def test_multipliers_are_those_of_the_paper(runs: Runs) -> None:
+    """Invariant 2: whatever the layout, what one process finds on the whole weights."""
+    run = runs.esd
+    measured = run.controller._engine.measure().table
+    weights = run.whole_weights()
+    alphas, multipliers = reference.multipliers(weights, 1.0, 5.0, ("embedding", "head"))
+    assert set(measured) == set(alphas)
+    assert len(alphas) == 4 * 7
+    found = assign_multipliers(
+        {matrix: record.alpha_hill_median for matrix, record in measured.items()},
+        run.controller.config,
+    )
+    for matrix, alpha in alphas.items():
+        assert measured[matrix].alpha_hill_median == pytest.approx(alpha, rel=1e-5), matrix
+        assert found[matrix] == pytest.approx(multipliers[matrix], rel=1e-5), matrix
+
+
+def test_all_ranks_agree_to_the_bit(runs: Runs) -> None:
+    """Invariant 2, second half: multipliers, exponents and state."""
+    run = runs.esd
+    told = gather_objects((run.multipliers, run.alphas, run.controller.state_dict()))
+    assert all(other == told[0] for other in told)
+    assert len(set(run.multipliers.values())) > 4
+
+
+def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torch.Tensor]]:
+    """(matrix, tensor, leaf, mask of its elements) for all that this rank steps."""
+    shards = build_catalog(run.model)
+    for leaf in leaf_optimizers(run.optimizer):
+        for master in masters_of(leaf):
+            rest = torch.ones(master.tensor.numel(), dtype=torch.bool)
+            for shard in shards:
+                if shard.parameter is master.parameter:
+                    mask = torch.zeros_like(rest)
+                    columns = shard.parameter.shape[1]
+                    spans = shard.placement.spans
+                    for first, last in flat_ranges(spans, columns, master.start, master.stop):
+                        mask[first:last] = True
+                    rest &= ~mask
+                    yield shard.matrix, master.tensor, leaf, mask
+            if rest.any():
+                yield None, master.tensor, leaf, rest
+
+
+def test_every_element_moves_at_its_own_rate(layout: Layout) -> None:
+    """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update."""
+    before: dict[int, torch.Tensor] = {}
+    checked: list[int] = []
+    multipliers: dict[str, float] = {}
+
+    def check(run: Run, update: int, done: bool) -> None:
+        # Update 2 holds the first multipliers, 5 lies inside a ramp, 8 after the window.
+        if update not in (2, 5, 8):
+            return
+        if not done:
+            multipliers.update(run.multipliers)
+            for _, tensor, _, _ in _elements(run):
+                before[id(tensor)] = tensor.detach().clone()
+            return
+        base = reference.cosine(update, warmup=2, total=UPDATES, peak=2e-3, low=2e-4)
+        for matrix, tensor, leaf, mask in _elements(run):
+            inner = leaf.optimizer  # type: ignore[attr-defined]
+            group = next(
+                group
+                for group in inner.param_groups
+                if any(other is tensor for other in group["params"])
+            )
+            state = inner.state[tensor]
+            rate = reference.adamw_rate(
+                before[id(tensor)],
+                tensor.detach(),
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                group["step"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            # fp32 weights hold an update of 1e-3 to 1e-4 of it; elements that barely move, less.
+            moved = (tensor.detach() - before[id(tensor)]).abs() > 0.05 * base
+            chosen = rate.view(-1)[mask & moved.view(-1)]
+            expected = base * (multipliers[matrix] if matrix else 1.0)
+            assert chosen.numel() > 0 or mask.sum() < 200
+            assert torch.allclose(chosen, torch.full_like(chosen, expected), rtol=2e-2), matrix
+            if chosen.numel():
+                assert float(chosen.median()) == pytest.approx(expected, rel=1e-3), matrix
+            checked.append(update)
+
+    train(layout.flags, on_update=check)
+    assert set(checked) == {2, 5, 8}

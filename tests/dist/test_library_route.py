@@ -1,0 +1,132 @@
+"""The library route of the README on a bare Megatron-Core loop, without `megatron.training`'s."""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness  # noqa: F401  (the CPU substitutions come first)
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from megatron_llr import LLRConfig
+from megatron_llr.optim.masters import leaf_optimizers
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SEQUENCE, VOCABULARY = 16, 64
+
+
+def library_block() -> str:
+    """The code block of the README that shows the library route."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (found,) = (block for block in blocks if "get_megatron_optimizer(" in block)
+    assert isinstance(found, str)
+    return found
+
+
+def build_model(tensor_parallel: int) -> list[torch.nn.Module]:
+    harness.drop_groups()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_parallel)
+    torch.manual_seed(7)
+    model_parallel_cuda_manual_seed(7)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        ffn_hidden_size=96,
+        gated_linear_unit=True,
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        pipeline_dtype=torch.float32,
+    )
+    model = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE)
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=False)
+    return [DistributedDataParallel(config, ddp, model)]
+
+
+def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    tokens = next(batches)
+    positions = torch.arange(SEQUENCE).expand_as(tokens)
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    losses = model(tokens, positions, mask, labels=tokens.roll(-1, 1))
+    return losses, lambda out: (out.mean(), {"loss": out.mean().detach()})
+
+
+def train_one_step(
+    batch: torch.Tensor, *, model_chunks: list[Any], namespace: dict[str, Any], steps: list[float]
+) -> None:
+    model_chunks[0].zero_grad_buffer()
+    namespace["optimizer"].zero_grad()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([batch]),
+        model=model_chunks,
+        num_microbatches=1,
+        seq_length=SEQUENCE,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+    succeeded, _, _ = namespace["optimizer"].step()
+    assert succeeded
+    steps.append(float(reports[0]["loss"]))
+
+
+@pytest.mark.world_size(1, 2)
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_readmes_block_trains_a_bare_megatron_model(distributed: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randint(VOCABULARY, (2, SEQUENCE), generator=generator)
+    namespace: dict[str, Any] = {}
+    steps: list[float] = []
+    model_chunks = build_model(dist.get_world_size())
+    namespace.update(
+        optimizer_config=OptimizerConfig(
+            optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0
+        ),
+        model_chunks=model_chunks,
+        batches=[batch] * 8,
+        train_one_step=partial(
+            train_one_step, model_chunks=model_chunks, namespace=namespace, steps=steps
+        ),
+    )
+    before = {name: p.detach().clone() for name, p in model_chunks[0].named_parameters()}
+    exec(compile(library_block(), "README.md", "exec"), namespace)
+    controller = namespace["controller"]
+    assert steps[-1] < steps[0]
+    assert controller.next_update == 9
+    assert len(set(controller.multipliers.values())) > 5
+    inner = next(iter(leaf_optimizers(namespace["optimizer"]))).optimizer
+    assert any(not torch.equal(p, before[n]) for n, p in model_chunks[0].named_parameters())
+    # Megatron's own groups stand as it built them.
+    assert len(inner.param_groups) <= 2
+    resumed = LLRConfig(interval=100, ramp_iters=50)
+    assert resumed.meaning() == controller.state_dict()["meaning"]
+
+
+@pytest.mark.world_size(1)
+def test_attach_takes_an_optimizer_that_megatron_built() -> None:
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from megatron_llr import attach
+
+    model_chunks = build_model(1)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), model_chunks)
+    controller = attach(model_chunks, optimizer, LLRConfig(), total_updates=100)
+    assert set(controller.multipliers.values()) == {1.0}
+    controller.prepare()
+    assert max(controller.multipliers.values()) == 5.0

@@ -1,0 +1,130 @@
+"""CSV files and scalars of a real run."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from harness import Run, train
+from layouts import HERE
+
+from megatron_llr.observe.csv_log import MEASUREMENT_FIELDS, RATE_FIELDS
+from megatron_llr.ranks import together
+from tests.reference import llr as reference
+
+FLAGS = next(iter(HERE)).flags
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def on_all_ranks(check: Any) -> None:
+    """Rank 0 looks at the files; what it finds wrong fails the test on every rank."""
+    dist.barrier()
+    together(lambda: check() if dist.get_rank() == 0 else None)
+
+
+def test_the_files_say_what_happened(shared_dir: Path) -> None:
+    """Rates are those that the updates used, norms those of the weights after them."""
+    norms: dict[str, float] = {}
+
+    def keep_norms(run: Run, update: int, done: bool) -> None:
+        if done and update == 8:
+            whole = run.whole_weights(252)
+            norms.update((matrix, float(weight.norm())) for matrix, weight in whole.items())
+
+    # 252 rows are a multiple of 4, so that the vocabulary has no padding rows.
+    flags = f"--llr-log-dir {shared_dir} --tensorboard-dir {shared_dir / 'tb'} --log-interval 2"
+    run = train(FLAGS, flags, "--vocab-size 252", on_update=keep_norms)
+
+    def check() -> None:
+        measured = rows(shared_dir / "measurements.csv")
+        assert tuple(measured[0]) == MEASUREMENT_FIELDS
+        assert [r["iteration"] for r in measured if r["matrix"] == "head"] == ["1", "4"]
+        by_matrix = {r["matrix"]: r for r in measured if r["iteration"] == "4"}
+        assert len(by_matrix) == 4 * 7 + 2
+        assert by_matrix["head"]["alpha_hill_median"] == ""
+        up = by_matrix["block.2.mlp.up"]
+        assert (up["block"], up["role"], up["expert"]) == ("2", "up", "")
+        assert (up["rows"], up["cols"], up["num_eigenvalues"]) == ("192", "128", "128")
+        assert float(up["alpha_hill_median"]) > 1
+        for matrix, row in by_matrix.items():
+            assert float(row["target_multiplier"]) == run.multipliers[matrix]
+        rates = rows(shared_dir / "learning_rates.csv")
+        assert tuple(rates[0]) == RATE_FIELDS
+        assert sorted({int(r["iteration"]) for r in rates}) == [2, 4, 6, 8]
+        for row in rates:
+            update = int(row["iteration"])
+            base = reference.cosine(update, warmup=2, total=8, peak=2e-3, low=2e-4)
+            rate = float(row["learning_rate"])
+            assert rate == pytest.approx(base * float(row["multiplier"]), rel=1e-9)
+            if update == 8:
+                expected = rate / norms[row["matrix"]]
+                assert float(row["effective_learning_rate"]) == pytest.approx(expected, rel=1e-4)
+        spectra = np.load(shared_dir / "spectra.npz")
+        assert len(spectra["block.2.mlp.up"]) == 128
+        assert spectra["block.2.mlp.up"][-1] == pytest.approx(float(up["spectral_norm"]))
+        assert list((shared_dir / "tb").glob("events*"))
+
+    on_all_ranks(check)
+
+
+def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
+    train(FLAGS, f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4")
+
+    def check() -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(shared_dir / "tb"))
+        events.Reload()
+        tags = set(events.Tags()["scalars"])
+        assert {
+            "llr/multiplier/q/block_000",
+            "llr/learning_rate-by-role/up/mean",
+            "llr/alpha_hill_median/down/block_003",
+            "llr/target_multiplier/head",
+        } <= tags
+        points = events.Scalars("llr/multiplier/head")
+        assert [(point.step, point.value) for point in points] == [(4, 5.0), (8, 5.0)]
+
+    on_all_ranks(check)
+
+
+@pytest.mark.world_size(1, 2)
+def test_a_resumed_run_cuts_the_rows_that_it_writes_again(shared_dir: Path) -> None:
+    log = f"--llr-log-dir {shared_dir / 'log'}"
+    train(FLAGS, log, f"--save {shared_dir / 'ckpt'} --save-interval 3")
+    before: dict[str, list[dict[str, Any]]] = {}
+
+    def keep() -> None:
+        for name in ("measurements.csv", "learning_rates.csv"):
+            before[name] = rows(shared_dir / "log" / name)
+        # A row that a kill tore in half.
+        with (shared_dir / "log" / "learning_rates.csv").open("a") as file:
+            file.write("9,head,1.0")
+
+    on_all_ranks(keep)
+    train(FLAGS, log, f"--load {shared_dir / 'ckpt'} --ckpt-step 3")
+
+    def check() -> None:
+        for name, kept in before.items():
+            assert rows(shared_dir / "log" / name) == kept, name
+
+    on_all_ranks(check)
+
+
+def test_uniform_measures_like_the_others(shared_dir: Path) -> None:
+    run = train(FLAGS, f"--llr-policy uniform --llr-log-dir {shared_dir}")
+    assert len(run.alphas) == 28
+
+    def check() -> None:
+        measured = rows(shared_dir / "measurements.csv")
+        assert {row["target_multiplier"] for row in measured} == {"1.0"}
+        assert all(math.isfinite(float(r["alpha_hat"])) for r in measured if r["block"])
+
+    on_all_ranks(check)
