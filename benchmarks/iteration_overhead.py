@@ -2,9 +2,9 @@
 
 Usage: torchrun --nproc-per-node 2 benchmarks/iteration_overhead.py   (after `make demo`)
 
-One run of the demo's model; iteration by iteration the layer groups are on or off, so both see the
-same machine at the same time. Prints the ratio of the medians, the same for the optimizer's step, and
-what the difference of the steps is of an iteration: that last figure is the least noisy.
+One run of the demo's model; iteration by iteration the layer groups are on or off, so both see
+the same machine at the same time. Prints the ratio of the medians, the same for the optimizer's
+step, and what the steps' difference is of an iteration: that last figure is the least noisy.
 """
 
 import statistics
