@@ -27,11 +27,16 @@ lint:
 unit:
 	$(PYTHON) -m pytest -q --ignore tests/dist tests
 
-# One launch per world size; a test runs in those that it names.
+# One launch per world size; a test runs in those that it names. Three data-parallel replicas matter to
+# where shards are cut alone.
 dist:
 	@for world in 1 2 4; do \
 		echo "== world size $$world"; \
 		$(PYTHON) tests/torchrun.py $$world || exit 1; \
+	done
+	@for world in 3 6; do \
+		echo "== world size $$world"; \
+		$(PYTHON) tests/torchrun.py $$world tests/dist/test_llama.py || exit 1; \
 	done
 
 clean:

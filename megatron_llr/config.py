@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_llr.errors import user_error
 
-POLICIES = ("esd", "uniform")
+POLICIES = ("esd", "uniform", "fixed")
 ESTIMATORS = ("hill_median", "ks", "fix_finger")
 _MAPPINGS = ("linear", "quantile", "sqrt", "log2", "sigmoid", "rank")
 MAPPINGS = (*_MAPPINGS, *(f"block-{mapping}" for mapping in _MAPPINGS))
@@ -26,6 +26,7 @@ MEANINGFUL = (
     "inverse",
     "quantile",
     "mean_preserving",
+    "role_table",
     "granularity",
     "embedding",
     "spectrum",
@@ -45,7 +46,8 @@ class LLRConfig:
 
     policy: str = "esd"
     """What gives every matrix its multiplier: esd (LLR, arXiv 2605.22297: heavier tail, smaller
-    rate) or uniform (every multiplier 1, spectra still measured: the control run)."""
+    rate), uniform (every multiplier 1, spectra still measured: the control run), or fixed (one
+    multiplier per role, from --llr-role-table)."""
 
     min_multiplier: float = 1.0
     """Multiplier of the matrix with the heaviest tail."""
@@ -87,6 +89,10 @@ class LLRConfig:
     """What shares a multiplier: projection (nothing: q, k, v, gate, up each its own), a Megatron
     parameter, a role over all blocks, or a block. The matrices that share get the mean of their
     multipliers, weighted by size."""
+
+    role_table: str | None = None
+    """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
+    does not name, embedding and head among them, keep 1."""
 
     weight_decay: str = "coupled"
     """coupled: decay scales with the multiplier, as AdamW multiplies it by the learning rate.
@@ -146,6 +152,8 @@ class LLRConfig:
                 f"at most {flag('max_multiplier')} {self.max_multiplier}",
             )
 
+        if (self.role_table is not None) != (self.policy == "fixed"):
+            raise _bad("role_table", self.role_table, f"a file, with {flag('policy')} fixed alone")
         if not 0 <= self.quantile < 0.5:
             raise _bad("quantile", self.quantile, "0 up to, not including, 0.5")
 

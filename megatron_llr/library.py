@@ -14,6 +14,7 @@ from megatron_llr.engine.measure import SpectrumEngine
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
 from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr.policies import read_role_table
 from megatron_llr.ranks import gather_objects, require_equal, together
 from megatron_llr.sharding.catalog import build_catalog
 from megatron_llr.sharding.directory import build_directory
@@ -103,6 +104,10 @@ def attach(
         for field, value in asdict(config).items()
         if field not in _LOCAL_SETTINGS
     }
+    if config.role_table is not None:
+        # The path is the same everywhere; what counts is what each rank finds there.
+        table = config.role_table
+        settings[flag("role_table")] = together(lambda: dict(read_role_table(table)))
     require_equal(settings, lambda setting: f"give every rank the same {setting}")
     groups = getattr(optimizer, _LAYER_GROUPS, None)
     if groups is None:

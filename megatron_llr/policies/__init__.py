@@ -2,6 +2,6 @@
 
 from megatron_llr.policies.assign import assign_multipliers
 from megatron_llr.policies.granularity import share_multipliers
-from megatron_llr.policies.registry import targets_for
+from megatron_llr.policies.registry import read_role_table, targets_for
 
-__all__ = ["assign_multipliers", "share_multipliers", "targets_for"]
+__all__ = ["assign_multipliers", "read_role_table", "share_multipliers", "targets_for"]

@@ -104,6 +104,7 @@ OnUpdate = Callable[[Run, int, bool], None]
 
 def drop_groups() -> None:
     """Destroy the process groups of earlier runs: each holds threads of its own."""
+    host.mpu.destroy_model_parallel()
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
@@ -132,7 +133,9 @@ def _command_line(flags: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded(run: Run, on_update: OnUpdate | None) -> Iterator[None]:
+def _recorded(
+    run: Run, on_update: OnUpdate | None, on_built: Callable[[Run], None] | None
+) -> Iterator[None]:
     """Keep losses, model and optimizer of the run that happens inside."""
     training = host.training_module
     names = ("training_log", "setup_model_and_optimizer", "train_step")
@@ -149,6 +152,8 @@ def _recorded(run: Run, on_update: OnUpdate | None) -> Iterator[None]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         built = before["setup_model_and_optimizer"](*args, **kwargs)
         run.model, run.optimizer, run.scheduler = built
+        if on_built is not None:
+            on_built(run)
         return built
 
     @functools.wraps(before["train_step"])
@@ -195,13 +200,19 @@ def _train_plain() -> None:
     )
 
 
-def train(*flags: str, llr: bool = True, on_update: OnUpdate | None = None) -> Run:
+def train(
+    *flags: str,
+    llr: bool = True,
+    on_update: OnUpdate | None = None,
+    on_built: Callable[[Run], None] | None = None,
+) -> Run:
     """Train the small model; flags given here come last and so win.
 
     Args:
         flags: further flags, each string may hold several.
         llr: with the extension, or plain Megatron.
         on_update: called before and after every update, with the number of the update.
+        on_built: called when model and optimizer stand, before the first measurement.
 
     Returns:
         The run; losses are the same on every rank.
@@ -211,7 +222,7 @@ def train(*flags: str, llr: bool = True, on_update: OnUpdate | None = None) -> R
     drop_groups()
     try:
         with _command_line([*MODEL, *TRAINING, *(LLR if llr else []), *extra]):
-            with _recorded(run, on_update), _stop(extra):
+            with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()
                 else:

@@ -11,8 +11,8 @@ from megatron_llr.config import flag
 FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
---llr-mean-preserving --llr-granularity --llr-weight-decay --llr-embedding --llr-spectrum
---llr-log-dir --llr-dry-run --llr-reset-state --llr-device
+--llr-mean-preserving --llr-granularity --llr-role-table --llr-weight-decay --llr-embedding
+--llr-spectrum --llr-log-dir --llr-dry-run --llr-reset-state --llr-device
 """.split()
 
 
@@ -50,6 +50,8 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"active_fraction": 1.5}, "--llr-active-fraction"),
         ({"active_iters": 0}, "--llr-active-iters"),
         ({"quantile": 0.5}, "--llr-quantile"),
+        ({"policy": "fixed"}, "--llr-role-table"),
+        ({"role_table": "roles.json"}, "--llr-role-table"),
         ({"embedding": "biggest"}, "--llr-embedding"),
         ({"embedding": "-1"}, "--llr-embedding"),
     ],

@@ -1,6 +1,7 @@
 """Mappings, embedding policy, granularity: what happens at the edges of the golden cases."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -83,6 +84,30 @@ def test_bounds_below_1_are_allowed() -> None:
 
 def test_uniform_is_1_everywhere() -> None:
     assert set(targets_for(ALPHAS, LLRConfig(policy="uniform")).values()) == {1.0}
+
+
+def test_a_role_table_gives_every_role_its_constant(tmp_path: Path) -> None:
+    (tmp_path / "roles.json").write_text('{"up": 2.5, "head": 5}')
+    config = LLRConfig(policy="fixed", role_table=str(tmp_path / "roles.json"))
+    found = targets_for({**ALPHAS, "head": math.nan, "embedding": math.nan}, config)
+    assert found == {
+        "block.0.mlp.up": 2.5,
+        "block.0.mlp.down": 1.0,
+        "block.1.mlp.up": 2.5,
+        "head": 5.0,
+        "embedding": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"up": 0}', '{"up": "x"}', '{"upper": 1}', '{"up": NaN}', None]
+)
+def test_a_bad_role_table_is_named(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "roles.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad --llr-role-table.*roles\.json"):
+        targets_for(ALPHAS, LLRConfig(policy="fixed", role_table=str(path)))
 
 
 def info(matrix: str, cluster: str, rows: int) -> MatrixInfo:
