@@ -17,7 +17,7 @@ from megatron_llr.policies import share_multipliers, targets_for
 from megatron_llr.ranks import together
 from megatron_llr.records import Directory
 from megatron_llr.schedule import MultiplierSchedule
-from megatron_llr.sharding.catalog import MatrixShard
+from megatron_llr.sharding.shard import MatrixShard
 
 
 class LayerwiseController:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_llr.sharding.catalog import MatrixShard
 from megatron_llr.sharding.layout import Placement
+from megatron_llr.sharding.shard import MatrixShard
 
 # Upper bound on what a rank receives at once; one matrix may exceed it.
 BATCH_BYTES = 256 * 2**20

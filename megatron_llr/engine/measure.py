@@ -21,7 +21,7 @@ from megatron_llr.engine.exchange import (
 )
 from megatron_llr.ranks import raise_together
 from megatron_llr.records import EMBEDDING_IDS, Directory, SpectrumRecord, SpectrumTable
-from megatron_llr.sharding.catalog import MatrixShard
+from megatron_llr.sharding.shard import MatrixShard
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
 

@@ -14,8 +14,8 @@ import torch
 from megatron_llr.optim.capability import takes_views
 from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
 from megatron_llr.optim.views import FusedTensor, Part
-from megatron_llr.sharding.catalog import MatrixShard
 from megatron_llr.sharding.layout import flat_ranges
+from megatron_llr.sharding.shard import MatrixShard
 
 # What a layer group sets for itself; everything else that a step changes goes back to the base.
 _OWN_KEYS = frozenset({"params", "lr", "weight_decay"})

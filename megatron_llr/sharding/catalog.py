@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,46 +18,10 @@ from megatron_llr.sharding.families import (
     TransformerShape,
 )
 from megatron_llr.sharding.layout import Placement, Span
+from megatron_llr.sharding.shard import MatrixShard
 
 _VOCABULARY = ("embedding", "head")
 _LAYER = re.compile(r"^decoder\.layers\.\d+$")
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixShard:
-    """The part of one logical matrix that this rank holds.
-
-    Attributes:
-        matrix: matrix id.
-        cluster: id of the Megatron parameter that holds it (`block.3.attention.qkv`).
-        parameter: that parameter, [local rows, local columns].
-        rows: rows of the whole logical matrix.
-        columns: its columns.
-        placements: what each rank of `ranks` holds, in their order.
-        ranks: global ranks that hold the matrix between them, tensor-parallel order.
-        group: process group of `ranks`.
-        copy: whether the parameter is a copy kept for another pipeline stage (tied embeddings).
-    """
-
-    matrix: str
-    cluster: str
-    parameter: torch.nn.Parameter
-    rows: int
-    columns: int
-    placements: tuple[Placement, ...]
-    ranks: tuple[int, ...]
-    group: Any
-    copy: bool = False
-
-    @property
-    def placement(self) -> Placement:
-        """What this rank holds."""
-        return self.placements[self.ranks.index(dist.get_rank())]
-
-    @property
-    def split(self) -> bool:
-        """Whether the ranks hold different parts, rather than the whole matrix each."""
-        return len(self.ranks) > 1 and self.placements[0] != self.placements[1]
 
 
 def _dimension(parameter: torch.nn.Parameter) -> int | None:

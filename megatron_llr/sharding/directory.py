@@ -11,7 +11,7 @@ from megatron_llr.records import (
     MatrixInfo,
     model_order,
 )
-from megatron_llr.sharding.catalog import MatrixShard
+from megatron_llr.sharding.shard import MatrixShard
 
 
 def build_directory(shards: Sequence[MatrixShard]) -> Directory:

@@ -27,6 +27,7 @@ LAYOUTS = (
     Layout("tp1-distopt-bf16", 1, f"--bf16 {_DISTRIBUTED}"),
     Layout("tp2", 2, _TP2),
     Layout("tp2-bf16", 2, f"{_TP2} --bf16"),
+    Layout("tp2-mha-bias", 2, f"{_TP2} --num-query-groups 4 --add-qkv-bias"),
     Layout("pp2", 2, _PP2),
     Layout("pp2-bf16", 2, f"{_PP2} --bf16"),
     Layout("vpp2", 2, f"{_PP2} --num-virtual-stages-per-pipeline-rank 2"),

@@ -101,8 +101,12 @@ def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torc
                 yield None, master.tensor, leaf, rest
 
 
-def test_every_element_moves_at_its_own_rate(layout: Layout) -> None:
-    """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update."""
+@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None:
+    """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update; with
+    decoupled decay every matrix decays as at multiplier 1."""
+    if decay == "decoupled" and layout.name not in ("tp1", "tp2-bf16", "dp2-distopt-bf16"):
+        pytest.skip("decoupled decay is run on three layouts")
     before: dict[int, torch.Tensor] = {}
     checked: list[int] = []
     multipliers: dict[str, float] = {}
@@ -125,6 +129,9 @@ def test_every_element_moves_at_its_own_rate(layout: Layout) -> None:
                 if any(other is tensor for other in group["params"])
             )
             state = inner.state[tensor]
+            multiplier = multipliers[matrix] if matrix else 1.0
+            # Decoupled: rate x multiplier x (decay / multiplier).
+            decayed = group["weight_decay"] / (multiplier if decay == "decoupled" else 1.0)
             rate = reference.adamw_rate(
                 before[id(tensor)],
                 tensor.detach(),
@@ -133,17 +140,18 @@ def test_every_element_moves_at_its_own_rate(layout: Layout) -> None:
                 group["step"],
                 betas=group["betas"],
                 eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                weight_decay=decayed,
             )
             # fp32 weights hold an update of 1e-3 to 1e-4 of it; elements that barely move, less.
             moved = (tensor.detach() - before[id(tensor)]).abs() > 0.05 * base
             chosen = rate.view(-1)[mask & moved.view(-1)]
-            expected = base * (multipliers[matrix] if matrix else 1.0)
+            expected = base * multiplier
             assert chosen.numel() > 0 or mask.sum() < 200
             assert torch.allclose(chosen, torch.full_like(chosen, expected), rtol=2e-2), matrix
             if chosen.numel():
                 assert float(chosen.median()) == pytest.approx(expected, rel=1e-3), matrix
             checked.append(update)
 
-    train(layout.flags, on_update=check)
+    # A decay that a wrong factor would show: a tenth of the weight at rate 1.
+    train(layout.flags, f"--weight-decay 1.0 --llr-weight-decay {decay}", on_update=check)
     assert set(checked) == {2, 5, 8}

@@ -1,6 +1,7 @@
 """Layer groups on real torch optimizers, against the same matrices as separate parameters."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llr.optim.capability import takes_views
-from megatron_llr.optim.layer_groups import InnerGroups
+from megatron_llr.optim.layer_groups import InnerGroups, LayerGroups
 from megatron_llr.optim.masters import Master
 from megatron_llr.runtime.cpu_adam import GroupStepAdamW
-from megatron_llr.sharding.layout import flat_ranges, interleaved
+from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved
+from megatron_llr.sharding.shard import MatrixShard
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MULTIPLIERS = {"q": 1.5, "k": 5.0, "v": 0.25}
@@ -227,6 +229,26 @@ class WholeMatrix(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     param.data.sub_(group["lr"] * param.grad / param.grad.norm())
+
+
+def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_demands_it() -> None:
+    fused, apart = torch.nn.Parameter(torch.ones(8, 6)), torch.nn.Parameter(torch.ones(6, 6))
+
+    def shard(matrix: str, parameter: torch.nn.Parameter, first: int, rows: int) -> MatrixShard:
+        placement = Placement((Span(first, 0, rows),), 0, 6)
+        return MatrixShard(matrix, "c", parameter, rows, 6, (placement,), (0,), None)
+
+    shards = [shard("gate", fused, 0, 4), shard("up", fused, 4, 4), shard("down", apart, 0, 6)]
+    found = {}
+    for kind in (WholeMatrix, torch.optim.AdamW):
+        leaf = SimpleNamespace(optimizer=kind([fused, apart]))
+        groups = LayerGroups(leaf, shards)
+        found[kind.__name__] = groups.inseparable
+        # Shared, as the controller then makes them, they step.
+        groups.set_multipliers({"gate": 2.0, "up": 2.0, "down": 3.0})
+        fused.grad, apart.grad = torch.ones(8, 6), torch.ones(6, 6)
+        leaf.optimizer.step()
+    assert found == {"WholeMatrix": {"gate": "WholeMatrix", "up": "WholeMatrix"}, "AdamW": {}}
 
 
 def test_capability_is_asked_not_known_by_name() -> None:

@@ -1,0 +1,104 @@
+"""Cost of one learning rate per projection: the inner step with `projection` over `parameter`.
+
+Usage: python benchmarks/fused_step.py [--blocks 24] [--hidden 2048] [--ffn 5461] [--heads 32]
+
+One rank's share of the paper's 1B model (24 blocks, hidden 2048, 32 heads: 2,304 segments of q, k
+and v, 48 of gate and up) under GroupStepAdamW, the CPU route's optimizer. The two granularities
+alternate, step by step, on the same tensors. Prints the ratio of the medians, the overhead per
+segment and the memory of the views. The full size needs about 15 GB.
+"""
+
+import argparse
+import statistics
+import time
+import tracemalloc
+
+import torch
+
+from megatron_llr.optim.layer_groups import InnerGroups
+from megatron_llr.optim.masters import Master
+from megatron_llr.optim.views import Part
+from megatron_llr.runtime.cpu_adam import GroupStepAdamW
+from megatron_llr.sharding.layout import flat_ranges, interleaved, stacked
+
+
+def parts_of(tensor: torch.Tensor, spans: dict[str, tuple[object, ...]], block: int) -> list[Part]:
+    """The matrices of one fused tensor."""
+    rows, columns = tensor.shape
+    return [
+        (f"block.{block}.{role}", flat_ranges(runs, columns, 0, rows * columns))  # type: ignore[arg-type]
+        for role, runs in spans.items()
+    ]
+
+
+def memory_of_views(groups: InnerGroups, apart: dict[str, float]) -> int:
+    """Bytes of Python objects that the views take; their tensors share memory with the weights."""
+    groups._fused.clear()
+    groups.multipliers = apart
+    tracemalloc.start()
+    groups.optimizer.step()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept
+
+
+def main() -> None:
+    """Build the share, then time both granularities side by side."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("blocks", 24), ("hidden", 2048), ("ffn", 5461), ("heads", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each granularity")
+    given = parser.parse_args()
+    hidden, ffn, heads = given.hidden, given.ffn, given.heads
+    channels = hidden // heads
+    shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
+    shapes |= {"fc1": (2 * ffn, hidden), "down": (hidden, ffn)}
+    # Gradients are only read: one per shape stands for all blocks.
+    gradients = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
+    layouts = {
+        "qkv": interleaved([(role, channels) for role in "qkv"], heads, 0, 3 * hidden),
+        "fc1": stacked(("gate", "up"), 2 * ffn, 0),
+    }
+    tensors: list[torch.Tensor] = []
+    parts: dict[int, tuple[Master, tuple[Part, ...]]] = {}
+    for block in range(given.blocks):
+        for name, shape in shapes.items():
+            tensor = torch.full(shape, 0.01)
+            tensor.grad = gradients[name]
+            spans = layouts.get(name, stacked((name,), shape[0], 0))
+            master = Master(tensor, tensor)  # type: ignore[arg-type]
+            parts[id(tensor)] = (master, tuple(parts_of(tensor, spans, block)))
+            tensors.append(tensor)
+    optimizer = GroupStepAdamW([{"params": tensors, "weight_decay": 0.1}])
+    groups = InnerGroups(optimizer, parts, decoupled_decay=False)
+    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
+    apart = {matrix: 1 + index / 1000 for index, matrix in enumerate(matrices)}
+    shared = {
+        matrix: 1 + index / 1000
+        for index, (_, found) in enumerate(parts.values())
+        for matrix, _ in found
+    }
+    spent: dict[str, list[float]] = {"projection": [], "parameter": []}
+    for step in range(2 * (given.steps + 1)):
+        name = "parameter" if step % 2 else "projection"
+        groups.multipliers = apart if name == "projection" else shared
+        begun = time.perf_counter()
+        optimizer.step()
+        spent[name].append(time.perf_counter() - begun)
+    kept = memory_of_views(groups, apart)
+    seconds = {name: statistics.median(found[1:]) for name, found in spent.items()}
+    segments = sum(len(r) for _, found in parts.values() for _, r in found if len(found) > 1)
+    added = seconds["projection"] - seconds["parameter"]
+    elements = sum(tensor.numel() for tensor in tensors)
+    print(
+        f"{elements / 1e9:.2f}e9 elements, {segments} segments, {torch.get_num_threads()} threads"
+    )
+    for name, found in seconds.items():
+        print(f"{name:>10}: {1000 * found:.1f} ms a step")
+    print(f"ratio {seconds['projection'] / seconds['parameter']:.3f}")
+    print(f"overhead per segment {1e6 * added / segments:.1f} us")
+    print(f"views kept between steps: {kept / 2**20:.1f} MiB of Python objects, no tensor memory")
+
+
+if __name__ == "__main__":
+    main()
