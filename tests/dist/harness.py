@@ -26,7 +26,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
     "--group-query-attention --num-query-groups 2 --seq-length 16 --max-position-embeddings 16 "
     "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer "
+    "--mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
 ).split()
 
@@ -203,6 +203,7 @@ def _train_plain() -> None:
 def train(
     *flags: str,
     llr: bool = True,
+    tied: bool = False,
     on_update: OnUpdate | None = None,
     on_built: Callable[[Run], None] | None = None,
 ) -> Run:
@@ -211,6 +212,7 @@ def train(
     Args:
         flags: further flags, each string may hold several.
         llr: with the extension, or plain Megatron.
+        tied: whether the head is the embedding.
         on_update: called before and after every update, with the number of the update.
         on_built: called when model and optimizer stand, before the first measurement.
 
@@ -221,7 +223,8 @@ def train(
     run = Run()
     drop_groups()
     try:
-        with _command_line([*MODEL, *TRAINING, *(LLR if llr else []), *extra]):
+        untied = [] if tied else ["--untie-embeddings-and-output-weights"]
+        with _command_line([*MODEL, *untied, *TRAINING, *(LLR if llr else []), *extra]):
             with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Run, train
 from layouts import HERE, Layout
 
@@ -155,3 +156,27 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
     # A decay that a wrong factor would show: a tenth of the weight at rate 1.
     train(layout.flags, f"--weight-decay 1.0 --llr-weight-decay {decay}", on_update=check)
     assert set(checked) == {2, 5, 8}
+
+
+@pytest.mark.world_size(1, 2)
+def test_a_tied_embedding_has_one_rate_on_all_stages() -> None:
+    """Its copy on the last stage steps alike, so that the copies stay equal."""
+    flags = "--pipeline-model-parallel-size 2" if dist.get_world_size() == 2 else ""
+    plain = train(flags, llr=False, tied=True)
+    assert train(flags, "--llr-policy uniform", tied=True).losses == plain.losses
+    run = train(flags, tied=True)
+    assert run.multipliers["embedding"] == 5.0
+    assert "head" not in run.multipliers
+    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    copies = [p for name, p in run.parameters().items() if name.endswith(names)]
+    told = [copy for copies in gather_objects(copies) for copy in copies]
+    assert len(told) == dist.get_world_size()
+    assert all(torch.equal(copy, told[0]) for copy in told)
+
+
+@pytest.mark.world_size(1, 2)
+def test_sgd_steps_parts_too() -> None:
+    flags = "--optimizer sgd --lr 0.1 --min-lr 0.01"
+    plain = train(flags, llr=False)
+    assert train(flags, "--llr-policy uniform").losses == plain.losses
+    assert train(flags).losses[3:] != plain.losses[3:]

@@ -149,3 +149,19 @@ def test_without_the_schedulers_state_the_extension_starts_afresh(
     start = run.controller.state_dict()["schedule"]["start"]
     # --finetune counts iterations from 0 again, --no-load-optim goes on counting.
     assert start == (1 if flag == "--finetune" else 6)
+
+
+@pytest.mark.world_size(2)
+def test_a_fully_reshardable_checkpoint_goes_from_two_replicas_to_one(shared_dir: Path) -> None:
+    """DP 2 to TP 2 (so DP 1) with the distributed optimizer: multipliers and Adam state go along."""
+    flags = "--bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
+    flags += "--attention-dropout 0 --hidden-dropout 0 --vocab-size 256"
+    replicas = train(flags, save(shared_dir))
+    unbroken = train(flags)
+    one = train(flags, "--tensor-model-parallel-size 2", f"--load {shared_dir}")
+    assert one.controller.state_dict()["schedule"]["window_end"] == 6
+    saved = replicas.controller.state_dict()
+    assert one.controller.state_dict()["schedule"]["new"].keys() == saved["schedule"]["new"].keys()
+    assert one.multipliers == pytest.approx(unbroken.multipliers, rel=1e-2)
+    # Lost Adam state shows as a jump of several percent.
+    assert one.losses == pytest.approx(unbroken.losses[-3:], rel=1e-2)
