@@ -1,5 +1,6 @@
 """The controller: measures when due, moves the multipliers, and knows the state of both."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -96,7 +97,8 @@ class LayerwiseController:
             "meaning": self.config.meaning(),
             "timing": self.config.timing(),
             "schedule": self._schedule.state_dict(),
-            "alphas": dict(self._alphas),
+            # JSON has no NaN.
+            "alphas": {m: None if math.isnan(a) else a for m, a in self._alphas.items()},
         }
 
     def load_state_dict(self, document: Mapping[str, Any]) -> None:
@@ -135,7 +137,8 @@ class LayerwiseController:
         else:
             # The saved window holds; a longer --train-iters does not move it.
             self._schedule = MultiplierSchedule.resume(self.config, self._document["schedule"])
-            self._alphas = dict(self._document["alphas"])
+            saved = self._document["alphas"]
+            self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
         self._layer_groups.set_multipliers(self.multipliers)
 
     def after_update(self) -> None:
@@ -177,7 +180,7 @@ class LayerwiseController:
             if info.tunable:
                 record = measurement.table.get(matrix)
                 alpha = record.alpha(self.config.estimator) if record else None
-                exponents[matrix] = float("nan") if alpha is None else alpha
+                exponents[matrix] = math.nan if alpha is None else alpha
         return exponents
 
     def _report(self, measurement: Measurement, kept: list[str]) -> None:
@@ -207,7 +210,7 @@ class LayerwiseController:
         for matrix, (squares, count, weighted_rate) in zip(matrices, sums.tolist(), strict=True):
             # Replicas bring equal shares: the ratio of element counts is their number.
             norm = (squares * self.directory[matrix].numel / count) ** 0.5 if count else 0.0
-            rate = weighted_rate / count * used[matrix] if count else float("nan")
-            effective = rate / norm if norm > 0 else float("nan")
+            rate = weighted_rate / count * used[matrix] if count else math.nan
+            effective = rate / norm if norm > 0 else math.nan
             rates[matrix] = (used[matrix], rate, effective)
         self._observer.stepped(done, rates)

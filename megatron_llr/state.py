@@ -16,7 +16,7 @@ format finds the same structure."""
 
 def encode(document: Mapping[str, Any]) -> str:
     """The document as one string: plain for any checkpoint format, floats exact."""
-    return json.dumps(document, separators=(",", ":"))
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
 def decode(text: str | None) -> dict[str, Any] | None:

@@ -85,7 +85,8 @@ class InnerGroups:
         self._base_groups, self._base_state = inner.param_groups, inner.state
         self._viewed = []
         self._pieces = [self._split(group) for group in self._base_groups]
-        self._rates = [(group["lr"], group["params"]) for group in self._base_groups]
+        # A rate that is a tensor is overwritten in place by the scheduler.
+        self._rates = [(group["lr"] * 1.0, group["params"]) for group in self._base_groups]
         if self._viewed:
             inner.state = self._lent_state()  # type: ignore[assignment]
         inner.param_groups = [piece for pieces in self._pieces for piece in pieces]
@@ -109,7 +110,7 @@ class InnerGroups:
             return [(next(iter(multipliers.values()), 1.0), tensor)]
         assert self.viewable, f"{type(self.optimizer).__name__} cannot step {list(multipliers)}"
         fused = self._fused.get(id(tensor))
-        if fused is None:
+        if fused is None or fused.is_stale():
             fused = self._fused[id(tensor)] = FusedTensor(tensor, parts)
         fused.slice_gradient()
         self._viewed.append(fused)

@@ -23,6 +23,7 @@ class FusedTensor:
         self.tensor = tensor
         self.parts = parts
         flat = tensor.detach().view(-1)
+        self._address = tensor.data_ptr()
         self.views: dict[str, list[torch.Tensor]] = {
             matrix: [flat[first:last] for first, last in ranges] for matrix, ranges in parts
         }
@@ -34,6 +35,10 @@ class FusedTensor:
         self._kept_gradient: torch.Tensor | None = None
         self._sources: dict[str, Any] = {}
         self._states: list[dict[str, Any]] = [{} for _ in self._ranged]
+
+    def is_stale(self) -> bool:
+        """Whether the tensor has been given other memory since the views were made."""
+        return self._address != self.tensor.data_ptr()
 
     def slice_gradient(self) -> None:
         """Give every view its part of the tensor's gradient, under the name it stands under."""

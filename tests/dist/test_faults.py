@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr import host
+from megatron_llr import host, state
 from megatron_llr.ranks import gather_objects, require_equal, together
 
 
@@ -90,6 +90,9 @@ def test_a_spoilt_matrix_keeps_its_multiplier_and_is_named(
     multipliers = run.multipliers
     assert multipliers["block.1.mlp.up"] == seen["block.1.mlp.up"]
     assert all(math.isfinite(value) and value > 0 for value in multipliers.values())
+    document = run.controller.state_dict()
+    assert state.decode(state.encode(document)) == document
+    assert document["alphas"]["block.1.mlp.up"] is None
     if dist.get_rank() == 0:
         assert "no usable exponent, multiplier kept: block.1.mlp.up" in capfd.readouterr().out
 

@@ -126,6 +126,22 @@ def test_a_loaded_state_is_taken_up() -> None:
     assert torch.equal(*runs)
 
 
+def test_a_tensor_given_other_memory_is_seen_anew() -> None:
+    """Offloading and reloading re-point `.data`; views of the old memory would step nothing."""
+    runs = []
+    for moved in (False, True):
+        tensor = torch.nn.Parameter(torch.ones(8, 6))
+        optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+        fused_groups(optimizer, tensor, RANGES)
+        for _ in range(3):
+            tensor.grad = torch.ones(8, 6)
+            optimizer.step()
+            if moved:
+                tensor.data = tensor.data.clone()
+        runs.append(tensor.detach().clone())
+    assert torch.equal(*runs)
+
+
 def test_no_copy_of_weights_or_state_is_kept() -> None:
     tensor = torch.nn.Parameter(torch.ones(8, 6))
     optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
