@@ -12,6 +12,10 @@ from megatron_llr import host, state
 from megatron_llr.ranks import gather_objects, require_equal, together
 
 
+# Four ranks would need a layout of their own; what is said on two is said on all.
+pytestmark = pytest.mark.world_size(1, 2)
+
+
 def error_of(*flags: str) -> str:
     """The error that a job ends with, which must be the same on every rank."""
     with pytest.raises((ValueError, RuntimeError)) as caught:
