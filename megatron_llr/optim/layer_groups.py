@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_llr.optim.capability import takes_views
+from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
 from megatron_llr.optim.views import FusedTensor, Part
 from megatron_llr.sharding.layout import flat_ranges
@@ -39,7 +39,7 @@ class InnerGroups:
     ) -> None:
         self.optimizer = optimizer
         self.multipliers: Mapping[str, float] = {}
-        self.viewable = takes_views(optimizer)
+        self.stepping = stepping(optimizer)
         self.parts = parts
         self._decoupled_decay = decoupled_decay
         self._fused: dict[int, FusedTensor] = {}
@@ -108,10 +108,14 @@ class InnerGroups:
         multipliers = {matrix: self.multipliers.get(matrix, 1.0) for matrix, _ in parts}
         if len(set(multipliers.values())) <= 1:
             return [(next(iter(multipliers.values()), 1.0), tensor)]
-        assert self.viewable, f"{type(self.optimizer).__name__} cannot step {list(multipliers)}"
+        assert self.stepping != "whole", (
+            f"{type(self.optimizer).__name__} cannot step {list(multipliers)}"
+        )
         fused = self._fused.get(id(tensor))
         if fused is None or fused.is_stale():
-            fused = self._fused[id(tensor)] = FusedTensor(tensor, parts)
+            fused = self._fused[id(tensor)] = FusedTensor(
+                tensor, parts, strided=self.stepping == "strided"
+            )
         fused.slice_gradient()
         self._viewed.append(fused)
         return [
@@ -206,7 +210,7 @@ class LayerGroups:
         return {
             matrix: type(inner.optimizer).__name__
             for inner in self._inner
-            if not inner.viewable
+            if inner.stepping == "whole"
             for _, parts in inner.parts.values()
             if len(parts) > 1
             for matrix, _ in parts

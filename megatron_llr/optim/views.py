@@ -1,6 +1,7 @@
 """One stepped tensor seen as the matrices fused in it: views, no copy of weights or state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,32 +10,82 @@ Part = tuple[str, tuple[tuple[int, int], ...]]
 """Matrix id, and where its elements lie in the flattened tensor: (first, one past last)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Equal runs of elements at equal distances in a flattened tensor: what one view can show.
+
+    Attributes:
+        first: first element.
+        length: elements of one run.
+        count: number of runs.
+        period: elements from the start of one run to that of the next.
+    """
+
+    first: int
+    length: int
+    count: int
+    period: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view: [length], or [count, length] with a stride between the runs."""
+        if self.count == 1:
+            return flat[self.first : self.first + self.length]
+        offset = flat.storage_offset() + self.first
+        return flat.as_strided((self.count, self.length), (self.period, 1), offset)
+
+
+def windows(ranges: Sequence[tuple[int, int]], *, strided: bool) -> list[Window]:
+    """As few windows as show the ranges, in their order.
+
+    Interleaved projections repeat with a fixed period, so that a few windows replace a view per
+    attention head; a shard that cuts into them has shorter runs at its ends.
+
+    Args:
+        ranges: (first, one past last), ascending.
+        strided: whether a window may hold several runs.
+    """
+    found: list[Window] = []
+    for first, last in ranges:
+        before = found[-1] if found else None
+        if strided and before is not None and before.length == last - first:
+            period = before.period if before.count > 1 else first - before.first
+            if first == before.first + before.count * period:
+                found[-1] = Window(before.first, before.length, before.count + 1, period)
+                continue
+        found.append(Window(first, last - first, 1, 0))
+    return found
+
+
 class FusedTensor:
     """Views of a stepped tensor, of its gradient and of its optimizer state, one set per matrix.
 
-    Only element-wise optimizers may be given such views (`capability.takes_views`).
+    Only element-wise optimizers may be given such views (`capability.stepping`).
 
     Args:
         tensor: as it stands in the optimizer's groups, contiguous.
         parts: the matrices in it; their ranges cover it.
+        strided: whether the optimizer takes views with a stride.
     """
 
-    def __init__(self, tensor: torch.Tensor, parts: tuple[Part, ...]) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, parts: tuple[Part, ...], *, strided: bool = False
+    ) -> None:
         self.tensor = tensor
         self.parts = parts
         flat = tensor.detach().view(-1)
         self._address = tensor.data_ptr()
+        shown = {matrix: windows(ranges, strided=strided) for matrix, ranges in parts}
         self.views: dict[str, list[torch.Tensor]] = {
-            matrix: [flat[first:last] for first, last in ranges] for matrix, ranges in parts
+            matrix: [window.of(flat) for window in found] for matrix, found in shown.items()
         }
-        self._ranged = [
-            (view, first, last)
-            for matrix, ranges in parts
-            for view, (first, last) in zip(self.views[matrix], ranges, strict=True)
+        self._windowed = [
+            (view, window)
+            for matrix, found in shown.items()
+            for view, window in zip(self.views[matrix], found, strict=True)
         ]
         self._kept_gradient: torch.Tensor | None = None
         self._sources: dict[str, Any] = {}
-        self._states: list[dict[str, Any]] = [{} for _ in self._ranged]
+        self._states: list[dict[str, Any]] = [{} for _ in self._windowed]
 
     def is_stale(self) -> bool:
         """Whether the tensor has been given other memory since the views were made."""
@@ -47,12 +98,12 @@ class FusedTensor:
             if gradient is not None and gradient is self._kept_gradient:
                 continue
             if gradient is None:
-                for view, _, _ in self._ranged:
+                for view, _ in self._windowed:
                     setattr(view, name, None)
             else:
                 flat = gradient.reshape(-1)
-                for view, first, last in self._ranged:
-                    setattr(view, name, flat[first:last])
+                for view, window in self._windowed:
+                    setattr(view, name, window.of(flat))
 
     def release_gradient(self) -> None:
         """Drop the references to the gradient, so that its memory can be freed.
@@ -64,7 +115,7 @@ class FusedTensor:
             self._kept_gradient = gradient
             return
         self._kept_gradient = None
-        for view, _, _ in self._ranged:
+        for view, _ in self._windowed:
             view.grad = None
             view.decoupled_grad = None  # type: ignore[attr-defined]
 
@@ -78,19 +129,20 @@ class FusedTensor:
         if not self._is_current(base):
             self._sources = dict(base)
             self._states = [
-                {key: self._slice(value, first, last) for key, value in base.items()}
-                for _, first, last in self._ranged
+                {key: self._slice(value, window) for key, value in base.items()}
+                for _, window in self._windowed
             ]
-        for (view, _, _), state in zip(self._ranged, self._states, strict=True):
+        for (view, _), state in zip(self._windowed, self._states, strict=True):
             to[view] = state
 
     def return_state(self, base: dict[str, Any], lent: Mapping[Any, Any]) -> None:
         """Bring into `base` what the step changed beyond the shared memory of the slices."""
-        states = [lent.get(view, {}) for view, _, _ in self._ranged]
+        states = [lent.get(view, {}) for view, _ in self._windowed]
         if not states or not states[0]:
             return
         for key, value in states[0].items():
-            if self._is_sliced(value, self._ranged[0]):
+            # A counter has one element; so may a view, but a counter has no axis.
+            if isinstance(value, torch.Tensor) and value.shape == self._windowed[0][0].shape:
                 if key not in base:
                     base[key] = self._join([state[key] for state in states])
             elif isinstance(value, torch.Tensor) and isinstance(base.get(key), torch.Tensor):
@@ -104,21 +156,16 @@ class FusedTensor:
             self._sources.get(key) is value for key, value in base.items()
         )
 
-    def _slice(self, value: Any, first: int, last: int) -> Any:
+    def _slice(self, value: Any, window: Window) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if value.numel() == self.tensor.numel():
-            return value.view(-1)[first:last]
+            return window.of(value.view(-1))
         assert value.numel() == 1, f"state of {tuple(value.shape)} for {tuple(self.tensor.shape)}"
         return value.clone()
 
-    @staticmethod
-    def _is_sliced(value: Any, ranged: tuple[torch.Tensor, int, int]) -> bool:
-        # A counter has one element; so may a view, but a counter has no axis.
-        return isinstance(value, torch.Tensor) and value.shape == ranged[0].shape
-
     def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         whole = pieces[0].new_empty(self.tensor.numel())
-        for (_, first, last), piece in zip(self._ranged, pieces, strict=True):
-            whole[first:last] = piece
+        for (_, window), piece in zip(self._windowed, pieces, strict=True):
+            window.of(whole).copy_(piece)
         return whole.view(self.tensor.shape)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llr.optim.capability import takes_views
+from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.layer_groups import InnerGroups, LayerGroups
 from megatron_llr.optim.masters import Master
+from megatron_llr.optim.views import windows
 from megatron_llr.runtime.cpu_adam import GroupStepAdamW
 from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved
 from megatron_llr.sharding.shard import MatrixShard
@@ -41,11 +42,29 @@ def fused_groups(
     return groups
 
 
+@given(data=st.data())
+def test_windows_show_the_ranges_in_few_views(data: st.DataObject) -> None:
+    heads, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    spans = interleaved([("q", 4), ("k", 2)], heads, 0, 6 * heads)
+    size = 6 * heads * columns
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    numbers = torch.arange(stop - start)
+    for runs in spans.values():
+        ranges = flat_ranges(runs, columns, start, stop)
+        expected = torch.cat([numbers[:0], *(numbers[first:last] for first, last in ranges)])
+        for strided in (False, True):
+            found = windows(ranges, strided=strided)
+            shown = torch.cat([numbers[:0], *(window.of(numbers).flatten() for window in found)])
+            assert torch.equal(shown, expected)
+            assert len(found) <= (3 if strided else len(ranges))
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @given(data=st.data())
 def test_fused_is_bitwise_separate(kind: str, data: st.DataObject) -> None:
     """q, k, v fused, in a slice cut anywhere, step as q, k, v apart with the same gradients."""
-    heads, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    heads, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     spans = interleaved([("q", 4), ("k", 2), ("v", 2)], heads, 0, 8 * heads)
     size = 8 * heads * columns
     start = data.draw(st.integers(0, size - 1))
@@ -247,6 +266,19 @@ class WholeMatrix(torch.optim.Optimizer):
                     param.data.sub_(group["lr"] * param.grad / param.grad.norm())
 
 
+class ContiguousOnly(torch.optim.SGD):
+    """A kernel that takes any tensor for contiguous, as fused CUDA kernels do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                flat = param.data.as_strided((param.numel(),), (1,))
+                flat.sub_(group["lr"] * param.grad.as_strided((param.numel(),), (1,)))
+
+
 def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_demands_it() -> None:
     fused, apart = torch.nn.Parameter(torch.ones(8, 6)), torch.nn.Parameter(torch.ones(6, 6))
 
@@ -273,7 +305,8 @@ def test_capability_is_asked_not_known_by_name() -> None:
 
     for make in OPTIMIZERS.values():
         optimizer = make([{"params": [tensor()]}])
-        assert takes_views(optimizer)
+        assert stepping(optimizer) == "strided"
         assert not optimizer.state
-    assert not takes_views(WholeMatrix([tensor()]))
-    assert takes_views(WholeMatrix([{"params": []}]))
+    assert stepping(ContiguousOnly([tensor()])) == "contiguous"
+    assert stepping(WholeMatrix([tensor()])) == "whole"
+    assert stepping(WholeMatrix([{"params": []}])) == "strided"
