@@ -85,10 +85,10 @@ def check(document: Mapping[str, Any], config: LLRConfig, directory: Directory) 
     }
     if changed:
         field, (before, now) = next(iter(changed.items()))
-        others = f" (also {', '.join(flag(f) for f in list(changed)[1:])})" if changed else ""
+        rest = ", ".join(flag(other) for other in changed if other != field)
         raise user_error(
             f"{flag(field)} differs from the checkpoint's and would change what it means",
-            got=f"{now}{others if len(changed) > 1 else ''}",
+            got=f"{now} (also {rest})" if rest else now,
             allowed=str(before),
             remedy=f"restore the value, or {remedy}",
         )

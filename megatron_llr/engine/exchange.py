@@ -5,6 +5,7 @@ collective in the same order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,29 +153,28 @@ def pool_singular_values(
         for shard in shards
     ]
     totals = [sum(count[peer] for count in counts) for peer in range(len(ranks))]
-    padded = values[0].new_zeros(max(totals))
-    local = torch.cat(list(values))
-    padded[: local.numel()] = local
-    gathered = [torch.empty_like(padded) for _ in ranks]
-    dist.all_gather(gathered, padded, group=group)
+    gathered = all_gather_rows(torch.cat(list(values)).unsqueeze(1), totals, group)
     split = [
-        gathered[peer][: totals[peer]].split([count[peer] for count in counts])
-        for peer in range(len(ranks))
+        part.squeeze(1).split([count[peer] for count in counts])
+        for peer, part in enumerate(gathered)
     ]
     return [
         torch.cat([parts[index] for parts in split]).sort().values for index in range(len(shards))
     ]
 
 
-def all_gather_rows(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    """Every rank's rows on every rank of the job.
+def all_gather_rows(
+    rows: torch.Tensor, counts: Sequence[int], group: Any = None
+) -> list[torch.Tensor]:
+    """Every rank's rows on every rank of a group, by default of the job.
 
     Args:
         rows: [counts[this rank], width].
         counts: rows that each rank brings, in rank order; the same on every rank.
+        group: process group; every member enters.
     """
     padded = rows.new_zeros(max(max(counts), 1), rows.shape[1])
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=group)
     return [part[:count] for part, count in zip(gathered, counts, strict=True)]

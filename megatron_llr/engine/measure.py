@@ -85,6 +85,9 @@ class SpectrumEngine:
         ]
         self.owners = assign_owners(wanted)
         """Matrix id -> global rank that computes its spectrum, in directory order."""
+        self._owned_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        for matrix, owner in self.owners.items():
+            self._owned_by_rank[owner].append(matrix)
         here = {
             shard.matrix: shard
             for shard in shards
@@ -109,7 +112,10 @@ class SpectrumEngine:
         self._error = None
         owned: dict[str, Spectrum] = {}
         for shards in self._by_group.values():
-            owned.update(self._exact(shards) if self._is_exact else self._pooled(shards))
+            owned.update(self._unsplit(shards))
+            split = [shard for shard in shards if shard.split]
+            if split:
+                owned.update(self._exact(split) if self._is_exact else self._pooled(split))
         records = {matrix: self._record(spectrum) for matrix, spectrum in owned.items()}
         raise_together(self._error)
         table = self._share_records(records)
@@ -124,26 +130,22 @@ class SpectrumEngine:
     def _needs_small_eigenvalues(self) -> bool:
         return self._config.estimator != "hill_median"
 
-    def _exact(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
-        """Spectra of the whole matrices that this rank owns; others only send their parts."""
+    def _unsplit(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
+        """Spectra of the matrices that this rank owns and holds whole: nothing travels."""
         here = dist.get_rank()
-        split = [shard for shard in shards if shard.split]
         for shard in shards:
             if not shard.split and self.owners[shard.matrix] == here:
                 yield shard.matrix, self._eigenvalues(cut(shard))
+
+    def _exact(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
+        """Spectra of the split matrices that this rank owns; others only send their parts."""
         for batch in batches(split, self.owners):
             for matrix, weight in send_to_owners(batch, self.owners).items():
                 yield matrix, self._eigenvalues(weight)
 
-    def _pooled(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
+    def _pooled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
         """Pooled spectra of the shards: no weight travels, singular values do."""
         here = dist.get_rank()
-        for shard in shards:
-            if not shard.split and self.owners[shard.matrix] == here:
-                yield shard.matrix, self._eigenvalues(cut(shard))
-        split = [shard for shard in shards if shard.split]
-        if not split:
-            return
         local = [self._eigenvalues(cut(shard))[0].sqrt() for shard in split]
         for shard, pooled in zip(split, pool_singular_values(local, split), strict=True):
             if self.owners[shard.matrix] == here:
@@ -165,14 +167,8 @@ class SpectrumEngine:
         estimators = (self._config.estimator,)
         return record_from_eigenvalues(eigenvalues, estimators=estimators, method=method)
 
-    def _owned_by_rank(self) -> list[list[str]]:
-        owned: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        for matrix, owner in self.owners.items():
-            owned[owner].append(matrix)
-        return owned
-
     def _share_records(self, records: dict[str, SpectrumRecord]) -> SpectrumTable:
-        owned = self._owned_by_rank()
+        owned = self._owned_by_rank
         mine = [_encode(records[matrix]) for matrix in owned[dist.get_rank()]]
         rows = torch.tensor(mine, dtype=torch.float64, device=self._device).view(-1, _WIDTH)
         shared = all_gather_rows(rows, [len(matrices) for matrices in owned])
@@ -186,7 +182,7 @@ class SpectrumEngine:
     def _share_singular_values(
         self, spectra: dict[str, Spectrum], table: SpectrumTable
     ) -> dict[str, torch.Tensor]:
-        owned = self._owned_by_rank()
+        owned = self._owned_by_rank
         counts = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
         mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
         empty = torch.empty(0, dtype=torch.float64, device=self._device)

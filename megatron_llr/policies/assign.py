@@ -16,17 +16,25 @@ def _usable(alpha: float) -> bool:
     return math.isfinite(alpha) and alpha > 1
 
 
+def _kind(config: LLRConfig) -> str:
+    return config.mapping.removeprefix(WITHIN_BLOCK)
+
+
+def _fit(pool: Mapping[str, float], config: LLRConfig) -> Scale | None:
+    """The configured mapping, fitted to one pool of exponents."""
+    bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
+    return MAPPINGS[_kind(config)](list(pool.values()), bounds)
+
+
 def _scales(pool: Mapping[str, float], config: LLRConfig) -> dict[str, Scale]:
     """Scale of every matrix of the pool: one for the model, or one for each block."""
-    kind = config.mapping.removeprefix(WITHIN_BLOCK)
-    bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
     pools: dict[str, dict[str, float]] = defaultdict(dict)
     for matrix, alpha in pool.items():
         key = block_key(matrix) if config.mapping.startswith(WITHIN_BLOCK) else ""
         pools[key][matrix] = alpha
     scales: dict[str, Scale] = {}
     for members in pools.values():
-        scale = MAPPINGS[kind](list(members.values()), bounds)
+        scale = _fit(members, config)
         if scale is not None:
             scales.update(dict.fromkeys(members, scale))
     return scales
@@ -37,14 +45,13 @@ def _embedding_target(
 ) -> float | None:
     fixed = config.embedding_multiplier()
     if config.embedding == "max":
-        bounded = config.mapping.removeprefix(WITHIN_BLOCK) in BOUNDED
+        bounded = _kind(config) in BOUNDED
         return fixed if bounded else max(targets.values(), default=None)
     if fixed is not None:
         return fixed
     if alpha is None or not _usable(alpha) or not pool:
         return None
-    bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
-    scale = MAPPINGS[config.mapping.removeprefix(WITHIN_BLOCK)](list(pool.values()), bounds)
+    scale = _fit(pool, config)
     return scale(alpha) if scale else None
 
 

@@ -1,5 +1,7 @@
 """One pretraining job: Megatron's flags plus `--llr-*`, Megatron's loop, and the extension."""
 
+from argparse import Namespace
+
 import torch.distributed as dist
 
 from megatron_llr import host
@@ -7,6 +9,17 @@ from megatron_llr.controller import LayerwiseController
 from megatron_llr.training import gpt
 from megatron_llr.training.arguments import add_llr_arguments, config_from_args, refuse_unsupported
 from megatron_llr.training.hooks import installed, use_prebuilt_dataset_helpers
+
+
+def run_loop(args: Namespace) -> None:
+    """Megatron's loop on a GPT model, from parsed flags; the extension has no part in it."""
+    host.pretrain(
+        host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args)),
+        gpt.datasets_provider,
+        host.ModelType.encoder_or_decoder,
+        gpt.forward_step,
+        get_embedding_ranks=gpt.embedding_ranks,
+    )
 
 
 def pretrain() -> LayerwiseController:
@@ -23,15 +36,8 @@ def pretrain() -> LayerwiseController:
     args = host.parse_and_validate_args(extra_args_provider=add_llr_arguments)
     config = config_from_args(args)
     refuse_unsupported(args)
-    container = host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args))
     with installed(config) as seams:
-        host.pretrain(
-            container,
-            gpt.datasets_provider,
-            host.ModelType.encoder_or_decoder,
-            gpt.forward_step,
-            get_embedding_ranks=gpt.embedding_ranks,
-        )
+        run_loop(args)
     assert seams.controller is not None
     host.print_rank_0(seams.controller.role_summary())
     return seams.controller

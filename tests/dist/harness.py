@@ -20,7 +20,7 @@ from megatron_llr.controller import LayerwiseController  # noqa: E402
 from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
 from megatron_llr.ranks import gather_objects  # noqa: E402
 from megatron_llr.sharding.catalog import build_catalog  # noqa: E402
-from megatron_llr.training import gpt, job  # noqa: E402
+from megatron_llr.training import job  # noqa: E402
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
@@ -189,15 +189,7 @@ def _stop(flags: list[str]) -> Iterator[None]:
 def _train_plain() -> None:
     """Megatron's loop without the extension: the control of every comparison."""
     job.use_prebuilt_dataset_helpers()
-    args = host.parse_and_validate_args(extra_args_provider=job.add_llr_arguments)
-    container = host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args))
-    host.pretrain(
-        container,
-        gpt.datasets_provider,
-        host.ModelType.encoder_or_decoder,
-        gpt.forward_step,
-        get_embedding_ranks=gpt.embedding_ranks,
-    )
+    job.run_loop(host.parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
 
 
 def train(
