@@ -54,6 +54,7 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402
     IndexedDataset,
     IndexedDatasetBuilder,
 )
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.num_microbatches_calculator import (  # noqa: E402
     destroy_num_microbatches_calculator,
@@ -135,6 +136,7 @@ __all__ = [
     "get_wandb_writer",
     "gpt_config_from_args",
     "is_first_or_last_pipeline_stage",
+    "load_common_state_dict",
     "mpu",
     "parse_and_validate_args",
     "parse_args",

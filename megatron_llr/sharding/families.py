@@ -94,3 +94,15 @@ MODEL_WEIGHTS: dict[str, str] = {
 
 # The parameter is one logical matrix, and its id needs no role after it.
 WHOLE: RowLayout = _whole("")
+
+_FUSED: dict[str, RowLayout] = {"linear_qkv": _qkv, "linear_fc1": _fc1}
+
+
+def row_layout(path: str) -> RowLayout | None:
+    """How the rows of a fused module's weight or bias are laid out; None where nothing is fused.
+
+    Args:
+        path: name of the tensor, as `self_attention.linear_qkv.bias`.
+    """
+    module, _, tensor = path.rpartition(".")
+    return _FUSED.get(module.rpartition(".")[2]) if tensor in ("weight", "bias") else None

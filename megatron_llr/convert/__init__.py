@@ -1,0 +1,1 @@
+"""Checkpoints from Hugging Face to Megatron and back, one tensor at a time."""
