@@ -105,7 +105,6 @@ class SafetensorsFolder:
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
-        """A mapped file counts as memory until it is closed, so it is opened for each use."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / file

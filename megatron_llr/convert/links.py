@@ -1,6 +1,6 @@
 """One Megatron tensor and the Hugging Face tensors that it is fused from: cutting and joining."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -45,12 +45,15 @@ class Link:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
-    def fuse(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The Megatron tensor of the parts, in their order; rows of padding are zero."""
-        first = parts[0]
-        if len(parts) == 1 and tuple(first.shape) == self.shape:
-            return first.contiguous()
-        fused = first.new_zeros(self.shape)
+    def fuse(self, parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The Megatron tensor of the parts, in their order; rows of padding are zero.
+
+        Of an iterator no more than one part is held at a time.
+        """
+        if len(self.parts) == 1 and self.parts[0].shape == self.shape:
+            (whole,) = parts
+            return whole.to(dtype)
+        fused = torch.zeros(self.shape, dtype=dtype)
         for part, tensor in zip(self.parts, parts, strict=True):
             for span in part.spans:
                 fused[span.local : span.local + span.count] = tensor[
@@ -59,7 +62,10 @@ class Link:
         return fused
 
     def split(self, fused: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of a Megatron tensor, by name, each with storage of its own."""
+        """The parts of a Megatron tensor, by name; no two share storage."""
+        if len(self.parts) == 1:
+            (part,) = self.parts
+            return {part.name: fused[: part.shape[0]]}
         return {
             part.name: torch.cat(
                 [fused[span.local : span.local + span.count] for span in part.spans]

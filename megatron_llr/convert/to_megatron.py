@@ -136,7 +136,7 @@ def to_megatron(
 
     def make(piece: Piece) -> torch.Tensor:
         link = by_place[piece.key, piece.layer]
-        fused = link.fuse([weights.read(part.name).to(piece.dtype) for part in link.parts])
+        fused = link.fuse((weights.read(part.name) for part in link.parts), piece.dtype)
         progress(sum(part.numel for part in link.parts))
         return fused
 
