@@ -43,6 +43,17 @@ def test_python_with_output_prints_that_output() -> None:
         assert printed.getvalue() == expected
 
 
+@cache
+def tool_flags() -> frozenset[str]:
+    """Every flag of the command-line tools, from their own help."""
+    found: set[str] = set()
+    for tool in sorted((ROOT / "tools").glob("*.py")):
+        command = [sys.executable, "-W", "ignore", str(tool), "--help"]
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        found |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text))
+    return frozenset(found)
+
+
 LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 
 
@@ -50,7 +61,7 @@ LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     # `--llr-*` stands for all of ours; the last is a benchmark's own.
-    others = {"--help", "--llr", "--steps"}
+    others = {"--help", "--llr", "--steps", *tool_flags()}
     assert named - known_flags() - LAUNCHER - others == set()
 
 
