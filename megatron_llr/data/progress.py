@@ -16,21 +16,21 @@ class Progress:
 
     Args:
         total: bytes to read.
-        stream: where it is shown.
+        stream: where it is shown; standard error by default.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self._total = total
-        self._stream = stream
+        self._stream = stream or sys.stderr
         self._read = 0
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
         self._bar: Any = None
-        if stream.isatty():
+        if self._stream.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, file=stream)
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._stream)
 
     def advance(self, read: int, note: str) -> None:
         """Count bytes that were read and show them with a note."""
