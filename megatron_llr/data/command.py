@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import shlex
 import signal
 import sys
 import warnings
@@ -53,6 +55,8 @@ def _import_megatron() -> None:
         launch.prepare_device(["--llr-device", "cpu"])
         from megatron_llr import host
     logging.getLogger(host.IndexedDataset.__module__).setLevel(logging.WARNING)
+    # Its logger asks which rank this is, and warns that this is none.
+    os.environ.setdefault("RANK", "0")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,5 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"{done.tokens:,} tokens, {done.bytes:,} bytes in {done.seconds:.1f} s "
         f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); read back: equal"
     )
-    print(f"train on it with: --data-path {given.output} {tokenizer.training_flags}")
+    path = shlex.quote(given.output)
+    print(f"train on it with: --data-path {path} {tokenizer.training_flags}")
     return 0

@@ -1,6 +1,7 @@
 """Text to token ids: byte level, or any tokenizer of `transformers`. Loaded by every worker."""
 
 import os
+import shlex
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ class Tokenizer:
 
     @property
     def training_flags(self) -> str:
-        """Megatron's flags that name this tokenizer."""
+        """Megatron's flags that name this tokenizer, as a shell reads them."""
         if self.name is None:
             return f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
-        return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {self.name}"
+        return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(self.name)}"
 
     def encode(self, chunk: Chunk) -> Encoded:
         """Tokens of every document of a chunk, special tokens of the tokenizer's own included.
