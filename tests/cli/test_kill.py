@@ -178,7 +178,7 @@ def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
     torn.unlink()
     torn.write_bytes(b"torn")
     # What was saved of two replicas goes on with one (dp-reshardable), up to rounding.
-    one = Job(tmp_path, "--exit-interval 70 --no-save-optim", ranks=1)
+    one = Job(tmp_path, "--exit-interval 70", ranks=1)
     one.command[one.command.index("--save") + 1] = str(tmp_path / "one")
     one.command[one.command.index("--llr-log-dir") + 1] = str(tmp_path / "one")
     one.command[one.command.index("--tensorboard-dir") + 1] = str(tmp_path / "one" / "tensorboard")
