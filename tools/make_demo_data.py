@@ -5,11 +5,13 @@ Usage: python tools/make_demo_data.py PREFIX     (writes PREFIX.bin and PREFIX.i
 
 import argparse
 
+import numpy as np
+
 from megatron_llr.runtime import launch
 
 
 def main() -> None:
-    """Write the dataset, unless it is there."""
+    """Write the dataset, in place of one that is there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -17,9 +19,14 @@ def main() -> None:
     prefix = parser.parse_args().prefix
     launch.prepare_device(["--llr-device", "cpu"])
     from megatron_llr.data import byte_level
+    from megatron_llr.data.pair import PairWriter
 
-    tokens = byte_level.write_dataset(byte_level.standard_library_sources(), prefix)
-    print(f"{prefix}: {tokens:,} tokens")
+    with PairWriter(prefix, byte_level.VOCAB_SIZE, overwrite=True) as pair:
+        for text in byte_level.standard_library_sources():
+            if text:
+                ids = np.append(np.frombuffer(text, np.uint8), [byte_level.END_OF_DOCUMENT])
+                pair.add(ids, [len(ids)])
+    print(f"{prefix}: {pair.tokens:,} tokens")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from megatron_llr.convert.hugging_face import CONFIG
-from megatron_llr.convert.options import Options, Progress
+from megatron_llr.convert.options import Options
 from megatron_llr.errors import user_error
+from megatron_llr.progress import Progress
 
 _EXAMPLE = """\
 example:
@@ -74,15 +73,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """A bar where there is a terminal; nothing in logs."""
-    from tqdm import tqdm
-
-    with tqdm(unit=" parameters", unit_scale=True, disable=None, leave=False) as bar:
-        yield bar.update
-
-
 def convert(source: Path, target: Path, options: Options) -> list[str]:
     """Convert in the direction that the input asks for; returns the lines of the final table."""
     from megatron_llr.convert.to_hugging_face import to_hugging_face
@@ -96,7 +86,7 @@ def convert(source: Path, target: Path, options: Options) -> list[str]:
             remedy="check the path",
         )
     forward = (source / CONFIG).exists()
-    with _progress_bar() as progress:
+    with Progress() as progress:
         if forward:
             report = to_megatron(source, target, options, progress)
         else:
@@ -122,6 +112,6 @@ def main(arguments: list[str] | None = None) -> int:
         for line in convert(args.input, args.output, options):
             print(line)
     except (ValueError, OSError) as failed:
-        print(f"error: {failed}", file=sys.stderr)
+        print(failed, file=sys.stderr)
         return 1
     return 0

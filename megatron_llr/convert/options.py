@@ -1,13 +1,9 @@
 """What a user chooses of a conversion, and the names of the files that it leaves."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-Progress = Callable[[int], None]
-"""Called with the number of elements done since the last call."""
 
 HUGGING_FACE = "hugging_face"
 """Folder beside a converted Megatron checkpoint: config.json and the tokenizer's files."""
@@ -45,7 +41,3 @@ class Options:
     shard_size: int = 2 * 10**9
     iteration: str | None = None
     files: Path | None = None
-
-
-def silent(done: int) -> None:
-    """No progress bar."""

@@ -16,11 +16,12 @@ from megatron_llr.convert.architecture import Architecture
 from megatron_llr.convert.families import Family, family_for
 from megatron_llr.convert.hugging_face import CONFIG, Shards, carry_files, dtype_name
 from megatron_llr.convert.links import LAYER_PREFIX, Link, links_of
-from megatron_llr.convert.options import HUGGING_FACE, STATE, Options, Progress, silent
+from megatron_llr.convert.options import HUGGING_FACE, STATE, Options
 from megatron_llr.convert.read_torch_dist import TorchDistReader, iteration_folder
 from megatron_llr.convert.report import Report
 from megatron_llr.errors import user_error
 from megatron_llr.files import require_space, staged_folder
+from megatron_llr.progress import Progress
 
 _MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
 _VOCABULARY = "embedding.word_embeddings.weight"
@@ -146,7 +147,7 @@ def _check_tensors(reader: TorchDistReader, links: list[Link], model: Architectu
 
 
 def to_hugging_face(
-    source: Path, target: Path, options: Options, progress: Progress = silent
+    source: Path, target: Path, options: Options, progress: Progress | None = None
 ) -> Report:
     """A Megatron torch_dist checkpoint, of any layout, to Hugging Face safetensors.
 
@@ -156,7 +157,7 @@ def to_hugging_face(
         source: what Megatron's `--save` named, or the folder of one iteration.
         target: new folder.
         options: all but `vocab_multiple` count.
-        progress: called as tensors are written.
+        progress: told of every tensor.
 
     Raises:
         ValueError: see the messages; nothing is left at the target then.
@@ -177,8 +178,11 @@ def to_hugging_face(
     _check_tensors(reader, links, model)
     dtype = options.dtype or reader.dtype(_VOCABULARY, None)
     report = Report(links)
+    size = report.numel * dtype.itemsize
+    if progress is not None:
+        progress.expect(size)
     with staged_folder(target) as output:
-        require_space(output, report.numel * dtype.itemsize)
+        require_space(output, size)
         if carried is not None:
             carry_files(carried.parent, output)
         (output / CONFIG).write_text(_config_text(carried, family, model, dtype, common["args"]))
@@ -187,7 +191,8 @@ def to_hugging_face(
             fused = reader.read(link.key, link.layer)
             parts = link.split(fused if options.dtype is None else fused.to(options.dtype))
             shards.add(parts.items())
-            progress(sum(part.numel for part in link.parts))
+            if progress is not None:
+                progress.advance(sum(part.nbytes for part in parts.values()), link.key)
         files = shards.close()
         document = state.decode(common.get("opt_param_scheduler", {}).get(state.KEY))
         if document is not None:

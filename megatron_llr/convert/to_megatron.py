@@ -16,11 +16,12 @@ from megatron_llr.convert.architecture import Architecture
 from megatron_llr.convert.families import Family
 from megatron_llr.convert.hugging_face import CONFIG, SafetensorsFolder, carry_files, dtype_name
 from megatron_llr.convert.links import LAYER_PREFIX, Link, links_of
-from megatron_llr.convert.options import FLAGS, HUGGING_FACE, TRACKER, Options, Progress, silent
+from megatron_llr.convert.options import FLAGS, HUGGING_FACE, TRACKER, Options
 from megatron_llr.convert.report import Report
 from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
 from megatron_llr.errors import user_error
 from megatron_llr.files import require_space, staged_folder
+from megatron_llr.progress import Progress
 
 # Modules of a layer, and of the model, that ask a checkpoint for an extra state, the scales of fp8:
 # Megatron's own or Transformer Engine's. None tells them that there is none.
@@ -102,7 +103,7 @@ def _size(pieces: list[Piece]) -> int:
 
 
 def to_megatron(
-    source: Path, target: Path, options: Options, progress: Progress = silent
+    source: Path, target: Path, options: Options, progress: Progress | None = None
 ) -> Report:
     """Hugging Face safetensors to a Megatron torch_dist checkpoint, for any layout.
 
@@ -110,7 +111,7 @@ def to_megatron(
         source: folder with config.json and safetensors.
         target: new folder; `--load` takes it. Iteration 0, without optimizer (`release`).
         options: `dtype` and `vocab_multiple` count.
-        progress: called as tensors are written.
+        progress: told of every tensor.
 
     Raises:
         ValueError: see the messages; nothing is left at the target then.
@@ -137,11 +138,14 @@ def to_megatron(
     def make(piece: Piece) -> torch.Tensor:
         link = by_place[piece.key, piece.layer]
         fused = link.fuse((weights.read(part.name) for part in link.parts), piece.dtype)
-        progress(sum(part.numel for part in link.parts))
+        if progress is not None:
+            progress.advance(fused.nbytes, piece.key)
         return fused
 
     pieces = _pieces(links, model, dtype_of)
     report = Report(links)
+    if progress is not None:
+        progress.expect(_size(pieces))
     with staged_folder(target) as folder:
         require_space(folder, _size(pieces))
         (folder / "release").mkdir()

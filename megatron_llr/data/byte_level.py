@@ -1,57 +1,13 @@
-"""Byte-level datasets: every byte a token, so that text needs no tokenizer and no download."""
+"""Byte-level text: every byte a token, so that text needs no tokenizer and no download."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from megatron_llr import host
-
 # One token per byte value, and one that ends a document: `--tokenizer-type NullTokenizer
 # --vocab-size 257` reads the last id as end of document.
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
-
-
-def write_dataset(documents: Iterable[bytes], prefix: str | os.PathLike[str]) -> int:
-    """Write documents as Megatron's `.bin` and `.idx` pair.
-
-    The pair is written beside its place and then renamed, the index last, so that no broken pair is
-    ever left behind.
-
-    Args:
-        documents: the bytes of every document; empty ones are left out.
-        prefix: path of the pair without suffix, for `--data-path`.
-
-    Returns:
-        Number of tokens, ends of documents included.
-
-    Raises:
-        ValueError: if no document has any text.
-    """
-    target = Path(prefix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    parts = [Path(f"{part}.{suffix}") for suffix in ("bin", "idx")]
-    try:
-        builder = host.IndexedDatasetBuilder(str(parts[0]), dtype=np.uint16)
-        tokens = 0
-        for document in documents:
-            if document:
-                ids = np.append(np.frombuffer(document, np.uint8), END_OF_DOCUMENT)
-                builder.add_document(torch.from_numpy(ids.astype(np.int32)), [len(ids)])
-                tokens += len(ids)
-        if tokens == 0:
-            raise ValueError(f"megatron_llr: no text to write to {target}")
-        builder.finalize(str(parts[1]))
-        for path in parts:
-            os.replace(path, f"{target}{path.suffix}")
-    finally:
-        for path in parts:
-            path.unlink(missing_ok=True)
-    return tokens
 
 
 def standard_library_sources() -> Iterable[bytes]:

@@ -220,6 +220,20 @@ def _substitute_megatron() -> None:
     distrib_module.HAVE_APEX_OR_TE = True
     distrib_module.USING_APEX_OPTIMIZER = True
     distrib_module.Adam = GroupStepAdamW
+    _substitute_async_save()
+
+
+def _substitute_async_save() -> None:
+    """Fork a writer per save (--async-save), where a GPU job has one that it spawned at start.
+
+    That one receives CPU tensors as shared memory, not as copies: it would write the weights
+    while the next updates change them. A fork has the weights as they were.
+    """
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
+
+    queue_class: Any = async_utils.AsyncCallsQueue
+    queue_class._get_async_caller = lambda queue: async_utils.TemporalAsyncCaller()
+    queue_class.warmup_persistent_caller = _nothing
 
 
 def enable() -> None:

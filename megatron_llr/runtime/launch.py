@@ -10,7 +10,8 @@ from megatron_llr.errors import user_error
 
 _FLAG = "--llr-device"
 
-# Fused kernels and NCCL need a GPU; without one Megatron is told to use neither.
+# Fused kernels and NCCL need a GPU; without one Megatron is told to use neither. Nor NVIDIA's
+# checkpoint writer (nvidia-resiliency-ext) for --async-save, but its own.
 CPU_FLAGS = (
     "--transformer-impl=local",
     "--distributed-backend=gloo",
@@ -23,6 +24,7 @@ CPU_FLAGS = (
     "--no-rope-fusion",
     "--no-gradient-accumulation-fusion",
     "--no-persist-layer-norm",
+    "--async-strategy=mcore",
 )
 
 

@@ -253,7 +253,7 @@ def test_a_bad_hugging_face_folder_is_refused(
     change(llama)
     assert command.main([str(llama), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: megatron_llr: ")
+    assert error.startswith("megatron_llr: ")
     assert re.search(expected, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 

@@ -1,0 +1,62 @@
+"""How far a long job over files is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Progress over a number of bytes; use it in a `with` block.
+
+    On a terminal where tqdm is installed (transformers brings it) a bar; else a line every ten
+    seconds, which a log file can hold.
+
+    Args:
+        total: bytes in all; `expect` may tell them later.
+        stream: where it is shown; standard error by default.
+    """
+
+    def __init__(self, total: int = 0, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._stream = stream or sys.stderr
+        self._read = 0
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._bar: Any = None
+        if self._stream.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._stream)
+
+    def expect(self, total: int) -> None:
+        """Tell how many bytes there are, where that was not known before."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.reset(total)
+
+    def advance(self, read: int, note: str) -> None:
+        """Count bytes that were read and show them with a note."""
+        self._read += read
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(read)
+        elif time.monotonic() >= self._next_line:
+            self._next_line += _SECONDS_BETWEEN_LINES
+            share = 100 * self._read / max(1, self._total)
+            print(f"{share:5.1f} % read, {note}", file=self._stream, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,335 @@
+"""tools/preprocess_data.py: what it writes, what it refuses, and that nothing broken is left."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, "tools/preprocess_data.py"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+TEXTS = [f"document {number}: " + "grüße, 世界 " * (number % 7) for number in range(300)]
+
+
+def preprocess(
+    *arguments: object, limit: Callable[[], None] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*TOOL, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        preexec_fn=limit,
+    )
+
+
+def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": 1, key: text}) + "\n" for text in texts))
+    return path
+
+
+def read(prefix: Path) -> tuple[np.dtype, list[list[int]]]:
+    """The pair, from its format alone: dtype of the tokens, and every document."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\0\0"
+    assert int.from_bytes(raw[9:17], "little") == 1
+    dtype = np.dtype({8: np.uint16, 4: np.int32}[raw[17]])
+    sequences, ends = (int.from_bytes(raw[at : at + 8], "little") for at in (18, 26))
+    lengths = np.frombuffer(raw, np.int32, sequences, 34)
+    documents = np.frombuffer(raw, np.int64, ends, 34 + sequences * 12)
+    assert documents.tolist() == list(range(sequences + 1))
+    tokens = np.fromfile(f"{prefix}.bin", dtype)
+    assert len(tokens) == lengths.sum()
+    return dtype, [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+def assert_nothing_left(folder: Path, *allowed: str) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(allowed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 500 pairs, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(TEXTS, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_bytes_from_many_files_in_their_order(tmp_path: Path) -> None:
+    """JSON lines, gzip, a glob and plain text; the demo's tokenizer flags read it."""
+    write_jsonl(tmp_path / "b.jsonl", ["second", ""])
+    write_jsonl(tmp_path / "a.jsonl", ["first"])
+    with gzip.open(tmp_path / "c.txt.gz", "wb") as file:
+        file.write(b"one\nmore\n\n\nthird \xff\n")
+    done = preprocess(
+        tmp_path / "*.jsonl", tmp_path / "c.txt.gz", "--documents", "paragraph", "--output",
+        tmp_path / "out" / "set",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 documents (1 empty ones left out)" in done.stdout
+    assert "--tokenizer-type NullTokenizer --vocab-size 257" in done.stdout
+    dtype, documents = read(tmp_path / "out" / "set")
+    assert dtype == np.uint16
+    assert documents == [
+        [*text, 256] for text in (b"first", b"second", b"one\nmore\n", b"third \xff\n")
+    ]
+    assert_nothing_left(tmp_path / "out", "set.bin", "set.idx")
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
+    """And the tokens are those of the tokenizer itself."""
+    from transformers import AutoTokenizer
+
+    # More than one chunk.
+    texts = [*TEXTS, "x" * 700_000, "y" * 700_000, *TEXTS]
+    source = write_jsonl(tmp_path / "text.jsonl", texts, "content")
+    for workers in (1, 3):
+        done = preprocess(
+            source, "--output", tmp_path / f"set{workers}", "--tokenizer", tokenizer,
+            "--json-key", "content", "--workers", workers,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer}" in done.stdout
+    for suffix in ("bin", "idx"):
+        one, three = ((tmp_path / f"set{n}.{suffix}").read_bytes() for n in (1, 3))
+        assert one == three
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    dtype, documents = read(tmp_path / "set3")
+    assert dtype == np.uint16
+    assert len(documents) == len(texts)
+    for text, ids in zip(TEXTS, documents, strict=False):
+        assert ids == [*loaded(text).input_ids, loaded.eos_token_id]
+        assert loaded.decode(ids[:-1]) == text
+
+
+def line_7_is_broken(folder: Path) -> list[object]:
+    source = write_jsonl(folder / "in.jsonl", TEXTS[:6])
+    source.write_text(source.read_text() + '{"text": "no end\n')
+    return [source]
+
+
+def no_such_key(folder: Path) -> list[object]:
+    return [write_jsonl(folder / "in.jsonl", ["x"]), "--json-key", "body"]
+
+
+def not_a_string(folder: Path) -> list[object]:
+    (folder / "in.jsonl").write_text('{"text": 3}\n')
+    return [folder / "in.jsonl"]
+
+
+def not_gzip(folder: Path) -> list[object]:
+    (folder / "in.gz").write_text("plain")
+    return [folder / "in.gz"]
+
+
+def not_utf8(folder: Path) -> list[object]:
+    (folder / "in.txt").write_bytes(b"good\nb\xffd\n")
+    return [folder / "in.txt", "--tokenizer", "TOKENIZER"]
+
+
+REFUSED = {
+    "malformed line": (line_7_is_broken, "in.jsonl:7 is not JSON"),
+    "missing key": (no_such_key, "in.jsonl:1 has no text under the key 'body': got keys 'id', 'te"),
+    "not a string": (
+        not_a_string,
+        "in.jsonl:1 has no text under the key 'text': got a value of ty",
+    ),
+    "not gzip": (not_gzip, "cannot read"),
+    "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
+    "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
+    "no match": (lambda folder: [folder / "*.txt"], "*.txt: got no such file"),
+    "only empty": (lambda folder: [write_jsonl(folder / "in.jsonl", [""])], "no text to write"),
+    "no tokenizer": (
+        lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--tokenizer", "./none"],
+        "cannot load --tokenizer ./none: got no such folder",
+    ),
+    "no tokenizer on the Hub": (
+        lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--tokenizer", "nobody/nothing"],
+        "cannot load --tokenizer nobody/nothing",
+    ),
+    "no workers": (
+        lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--workers", "0"],
+        "bad --workers",
+    ),
+}
+
+
+SERVER = """
+import contextlib, io, json, sys
+from megatron_llr.data import command
+for line in sys.stdin:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = command.main(json.loads(line))
+    print(json.dumps([code, said.getvalue()]), flush=True)
+"""
+
+Tool = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[Tool]:
+    """The tool many times in one process of its own: exit code, and what it said on stderr."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=ROOT, env=ENVIRONMENT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def call(*arguments: object) -> tuple[int, str]:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(json.dumps([str(argument) for argument in arguments]), file=server.stdin, flush=True)
+        code, said = json.loads(server.stdout.readline())
+        return int(code), str(said)
+
+    yield call
+    server.stdin.close()
+    server.stdout.close()
+    assert server.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str,
+    tmp_path: Path,
+    tokenizer: Path,
+    tool: Tool,
+) -> None:
+    make, told = REFUSED[case]
+    (tmp_path / "out").mkdir()
+    arguments = [tokenizer if given == "TOKENIZER" else given for given in make(tmp_path)]
+    code, said = tool(*arguments, "--output", tmp_path / "out" / "set")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert told in line
+    assert "; allowed: " in line
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_an_error_in_a_worker_is_told_alike(tmp_path: Path) -> None:
+    done = preprocess(*line_7_is_broken(tmp_path), "--output", tmp_path / "s", "--workers", 2)
+    assert done.returncode == 1
+    assert "in.jsonl:7 is not JSON" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+def test_an_existing_pair_is_kept_unless_told(tmp_path: Path, tool: Tool) -> None:
+    old, new = (write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in ("old", "new"))
+    prefix = tmp_path / "set"
+    assert tool(old, "--output", prefix)[0] == 0
+    code, said = tool(new, "--output", prefix)
+    assert code == 1
+    assert "the output is there already" in said
+    assert "--overwrite" in said
+    # A failure with --overwrite leaves the old pair.
+    assert tool(*no_such_key(tmp_path), "--overwrite", "--output", prefix)[0] == 1
+    assert read(prefix)[1] == [[*b"old", 256]]
+    done = tool(new, "--output", prefix, "--overwrite", "--no-append-eod")
+    assert done[0] == 0
+    assert read(prefix)[1] == [[*b"new"]]
+
+
+def test_a_full_disk(tmp_path: Path, tool: Tool) -> None:
+    """The data file is made to lie on a device that is always full."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["x" * 100_000])
+    (tmp_path / "set.part.bin").symlink_to("/dev/full")
+    code, said = tool(source, "--output", tmp_path / "set")
+    assert code == 1
+    assert "set: got No space left on device" in said
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+def test_a_limit_on_file_size(tmp_path: Path) -> None:
+    """What fits into memory and not onto the disk: the error comes with the last bytes."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["x" * 30_000])
+    done = preprocess(
+        source, "--output", tmp_path / "set",
+        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "got File too large" in done.stderr
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+def test_a_pair_that_reads_back_otherwise_is_not_left(tmp_path: Path) -> None:
+    """A disk that changes a byte, played by the builder."""
+    program = (
+        "import sys\n"
+        "from megatron_llr.data import command\n"
+        "command._import_megatron()\n"
+        "from megatron_llr import host\n"
+        "finalize = host.IndexedDatasetBuilder.finalize\n"
+        "def change(self, path):\n"
+        "    finalize(self, path)\n"
+        "    with open(self.data_file.name, 'r+b') as file:\n"
+        "        file.write(b'?')\n"
+        "host.IndexedDatasetBuilder.finalize = change\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    source = write_jsonl(tmp_path / "in.jsonl", ["abc"])
+    command = [sys.executable, "-c", program, str(source), "--output", str(tmp_path / "set")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "set reads back as (documents, tokens, bytes, checksum) (1, 4, 8, " in done.stderr
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+@pytest.mark.parametrize("whom", ["the tool", "a worker"])
+def test_stopped_from_outside(whom: str, tmp_path: Path) -> None:
+    """SIGTERM to the tool, or SIGKILL to a worker (as when memory runs out): nothing is left."""
+    # Much more than it can tokenize before the signal comes.
+    source = write_jsonl(tmp_path / "in.jsonl", ["x" * 1000] * 200_000)
+    process = subprocess.Popen(
+        [*TOOL, str(source), "--output", str(tmp_path / "set"), "--workers", "2"],
+        cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    written = tmp_path / "set.part.bin"
+    while not (written.exists() and written.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    if whom == "the tool":
+        process.terminate()
+    else:
+        children = psutil.Process(process.pid).children()
+        next(child for child in children if "spawn_main" in str(child.cmdline())).kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (143 if whom == "the tool" else 1)
+    assert whom == "the tool" or "a worker process was ended from outside" in said
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+def test_help_fits_one_screen() -> None:
+    done = preprocess("--help")
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert "example:" in lines
+
+
+def test_the_tool_holds_no_logic() -> None:
+    assert len((ROOT / "tools" / "preprocess_data.py").read_text().splitlines()) <= 30
