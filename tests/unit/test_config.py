@@ -11,8 +11,10 @@ from megatron_llr.config import flag
 FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
---llr-mean-preserving --llr-granularity --llr-role-table --llr-weight-decay --llr-embedding
---llr-spectrum --llr-log-dir --llr-dry-run --llr-reset-state --llr-device
+--llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
+--llr-random-seed --llr-weight-decay --llr-embedding
+--llr-spectrum --llr-farms-rows --llr-farms-windows --llr-log-dir --llr-dry-run --llr-reset-state
+--llr-fixed-validation --llr-device
 """.split()
 
 
