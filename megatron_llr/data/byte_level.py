@@ -16,10 +16,7 @@ VOCAB_SIZE = 257
 
 
 def write_dataset(documents: Iterable[bytes], prefix: str | os.PathLike[str]) -> int:
-    """Write documents as Megatron's `.bin` and `.idx` pair.
-
-    The pair is written beside its place and then renamed, the index last, so that no broken pair is
-    ever left behind.
+    """Write documents, byte by byte, as Megatron's `.bin` and `.idx` pair.
 
     Args:
         documents: the bytes of every document; empty ones are left out.
@@ -31,6 +28,27 @@ def write_dataset(documents: Iterable[bytes], prefix: str | os.PathLike[str]) ->
     Raises:
         ValueError: if no document has any text.
     """
+    return write_tokens(
+        (np.append(np.frombuffer(d, np.uint8), END_OF_DOCUMENT) for d in documents if d), prefix
+    )
+
+
+def write_tokens(documents: Iterable[np.ndarray], prefix: str | os.PathLike[str]) -> int:
+    """Write documents of token ids as Megatron's `.bin` and `.idx` pair.
+
+    The pair is written beside its place and then renamed, the index last, so that no broken pair is
+    ever left behind.
+
+    Args:
+        documents: [tokens] ids of every document, each below 65,536.
+        prefix: path of the pair without suffix, for `--data-path`.
+
+    Returns:
+        Number of tokens.
+
+    Raises:
+        ValueError: if there is no document.
+    """
     target = Path(prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -38,11 +56,9 @@ def write_dataset(documents: Iterable[bytes], prefix: str | os.PathLike[str]) ->
     try:
         builder = host.IndexedDatasetBuilder(str(parts[0]), dtype=np.uint16)
         tokens = 0
-        for document in documents:
-            if document:
-                ids = np.append(np.frombuffer(document, np.uint8), END_OF_DOCUMENT)
-                builder.add_document(torch.from_numpy(ids.astype(np.int32)), [len(ids)])
-                tokens += len(ids)
+        for ids in documents:
+            builder.add_document(torch.from_numpy(ids.astype(np.int32)), [len(ids)])
+            tokens += len(ids)
         if tokens == 0:
             raise ValueError(f"megatron_llr: no text to write to {target}")
         builder.finalize(str(parts[1]))

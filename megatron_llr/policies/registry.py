@@ -15,7 +15,8 @@ Policy = Callable[[Mapping[str, float], LLRConfig], Mapping[str, float]]
 
 The ids are those of all matrices that may be tuned, in model order; an exponent is NaN where there
 is none. A matrix left out keeps its multiplier. The function runs on every rank and must give the
-same everywhere. With an attribute `acts_on = "weight_decay"` its multipliers are factors on the decay.
+same everywhere. With an attribute `acts_on = "weight_decay"` its multipliers are factors on the
+decay.
 """
 
 

@@ -2,7 +2,8 @@
 
 The tail exponent of a random matrix depends on its shape alone, so that k of grouped-query
 attention and a feed-forward matrix cannot be compared as they are. FARMS (Hu et al., ICML 2025)
-takes submatrices of one aspect ratio, 1 for language models, and fits the tail to all their eigenvalues.
+takes submatrices of one aspect ratio, 1 for language models, and fits the tail to all their
+eigenvalues.
 """
 
 import torch
