@@ -138,6 +138,10 @@ class LLRConfig:
     reset_state: bool = False
     """Ignore the extension's state in the checkpoint and start the multipliers afresh."""
 
+    same_start: bool = False
+    """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
+    another layout begins at the same weights. Without it they are Megatron's own."""
+
     fixed_validation: bool = False
     """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters
     batches in an order of their own. Without it Megatron goes on to other samples each time."""

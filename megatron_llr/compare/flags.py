@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 # Flags of the extension that say nothing about the policy.
 _NOT_OF_THE_POLICY = frozenset(
-    "--llr-device --llr-dry-run --llr-fixed-validation --llr-log-dir --llr-reset-state".split()
+    "--llr-device --llr-dry-run --llr-fixed-validation --llr-log-dir --llr-reset-state "
+    "--llr-same-start".split()
 )
 
 

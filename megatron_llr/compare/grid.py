@@ -29,6 +29,8 @@ _KEYS = {
 _NEEDED = ("out", "flags", "policies", "learning_rates", "seeds")
 # What turns a curve over iterations into one over tokens, and what makes it a curve.
 _NEEDED_FLAGS = ("--global-batch-size", "--seq-length", "--train-iters", "--eval-iters")
+# Every run starts from the weights of its seed and is evaluated on the same tokens.
+_FAIR_FLAGS = ("--llr-same-start", "--llr-fixed-validation")
 # Set by the grid for every run.
 _OWN_FLAGS = (
     "--lr",
@@ -106,8 +108,7 @@ class Grid:
         if value_of([*self.flags, *chosen], "--llr-policy") == "random":
             # Another permutation for every seed: one alone could be a lucky one.
             settings += ["--llr-random-seed", str(seed)]
-        if "--llr-fixed-validation" not in settings:
-            settings += ["--llr-fixed-validation"]
+        settings += [flag for flag in _FAIR_FLAGS if flag not in settings]
         folder = self.out / policy / f"lr-{rate:g}" / f"seed-{seed}"
         return Run(policy, rate, seed, tuple(settings), folder)
 
