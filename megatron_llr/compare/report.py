@@ -11,7 +11,7 @@ from megatron_llr.compare.checks import flagged
 from megatron_llr.compare.grid import Grid
 from megatron_llr.compare.results import Result, read_result
 from megatron_llr.compare.statistics import Difference, Mean
-from megatron_llr.compare.summary import Row, cells_of, effect_rows, rows_of
+from megatron_llr.compare.summary import Row, at_the_edge, cells_of, effect_rows, rows_of
 from megatron_llr.observe.summary import text_table
 
 
@@ -33,7 +33,7 @@ def _table(grid: Grid, rows: Sequence[Row]) -> str:
     header += ["M tokens to its loss", "speedup", "notes"]
     lines = []
     for row in rows:
-        reached = "not reached" if row.tokens is None else f"{row.tokens / 1e6:.3f}"
+        reached = "not reached" if row.tokens is None else f"{row.tokens / 1e6:.4g}"
         speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
         lines.append(
             (
@@ -109,6 +109,8 @@ def report(grid: Grid) -> str:
     parts = [f"{len(results)} of {len(runs)} runs done; loss: validation, mean ± standard error"]
     if rows:
         parts.append(_table(grid, rows))
+    if edge := at_the_edge(cells, rows):
+        parts.append(f"best at the smallest or largest rate tried: {', '.join(edge)}")
     effects = effect_rows(grid, results)
     if effects:
         lines = [(e.meaning, f"{e.policy} - {e.against}", _difference(d)) for e, d in effects]

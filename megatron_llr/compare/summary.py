@@ -98,7 +98,7 @@ def _difference(ours: Cell, theirs: Cell) -> Difference | None:
     return difference_of(ours.by_seed, theirs.by_seed)
 
 
-def _notes(grid: Grid, cell: Cell, cells: Sequence[Cell]) -> list[str]:
+def _notes(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     notes = [
         f"diverged at {other.learning_rate:g}: {other.diverged} of {len(other.results)}"
         for other in cells
@@ -106,11 +106,18 @@ def _notes(grid: Grid, cell: Cell, cells: Sequence[Cell]) -> list[str]:
     ]
     if len(cell.results) < cell.planned:
         notes.append(f"{len(cell.results)} of {cell.planned} seeds")
-    rates = sorted(grid.learning_rates)
-    if len(rates) > 1 and cell.learning_rate in (rates[0], rates[-1]) and not cell.diverged:
-        end = "smallest" if cell.learning_rate == rates[0] else "largest"
-        notes.append(f"best at the {end} rate tried")
     return notes
+
+
+def at_the_edge(cells: Sequence[Cell], rows: Sequence[Row]) -> list[str]:
+    """Policies whose best rate is the smallest or largest tried: a better one may lie beyond."""
+    found = []
+    for row in rows:
+        policy, rate = row.cell.policy, row.cell.learning_rate
+        tried = sorted(cell.learning_rate for cell in cells if cell.policy == policy)
+        if len(tried) > 1 and rate in (tried[0], tried[-1]):
+            found.append(policy)
+    return found
 
 
 def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
@@ -132,7 +139,7 @@ def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
                 difference=_difference(cell, control) if compared and control else None,
                 tokens=None if iteration is None else iteration * grid.tokens_per_iteration,
                 speedup=reference / iteration if iteration and reference else None,
-                notes=tuple(_notes(grid, cell, cells)),
+                notes=tuple(_notes(cell, cells)),
             )
         )
     return rows
