@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_llr.compare.flags import settings, value_of
 from megatron_llr.compare.grid import Grid, Run
-from megatron_llr.compare.results import losses, read_done, write_done
+from megatron_llr.compare.results import DONE, losses, read_done, write_done
 from megatron_llr.errors import user_error
 from megatron_llr.version import __version__
 
@@ -115,11 +115,23 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
     return waiting
 
 
-def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
-    # A job without checkpoints begins anew; its half-written files would only mislead.
-    if run.folder.exists() and not (run.folder / "checkpoint").exists():
+def _prepare_folder(run: Run) -> None:
+    """Empty the folder of a run, unless a checkpoint in it is of these very settings."""
+    begun = run.folder / "begun.txt"
+    goes_on = (
+        (run.folder / "checkpoint").exists()
+        and not (run.folder / DONE).exists()
+        and begun.exists()
+        and begun.read_text(encoding="utf-8") == run.digest
+    )
+    if run.folder.exists() and not goes_on:
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(run.digest, encoding="utf-8")
+
+
+def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
+    _prepare_folder(run)
     with (run.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             command(grid, run, slot),

@@ -17,7 +17,7 @@ from megatron_llr.compare.flags import beyond_policy, value_of
 from megatron_llr.compare.grid import Grid, Run, read_grid
 from megatron_llr.compare.report import report
 from megatron_llr.compare.results import has_diverged, read_result, write_done
-from megatron_llr.compare.runner import command, pending
+from megatron_llr.compare.runner import _prepare_folder, command, pending
 from megatron_llr.compare.statistics import (
     difference_of,
     mean_of,
@@ -196,6 +196,22 @@ def test_a_finished_run_is_never_run_again_nor_thrown_away(make_grid: MakeGrid) 
     assert read_result(changed.runs()[0]) is None
     more = make_grid(learning_rates=[1e-3, 3e-3, 1e-2])
     assert len(pending(more)) == 53
+
+
+def test_only_a_checkpoint_of_the_same_settings_is_gone_on_from(make_grid: MakeGrid) -> None:
+    run, other = make_grid().runs()[:2]
+    for expected in (False, True):
+        _prepare_folder(run)
+        assert (run.folder / "checkpoint").exists() is expected
+        (run.folder / "checkpoint").mkdir(exist_ok=True)
+    (run.folder / "begun.txt").write_text(other.digest)
+    _prepare_folder(run)
+    assert not (run.folder / "checkpoint").exists()
+    (run.folder / "checkpoint").mkdir()
+    finish(run, [1.0])
+    _prepare_folder(run)
+    assert not (run.folder / "done.json").exists()
+    assert not (run.folder / "checkpoint").exists()
 
 
 def filled(grid: Grid) -> None:
