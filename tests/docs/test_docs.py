@@ -47,14 +47,15 @@ def test_python_with_output_prints_that_output() -> None:
         assert printed.getvalue() == expected
 
 
+COMPARE = {"--jobs", "--dry-run", "--report-only", "--rerun-changed", "--out"}
 LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
-    # `--llr-*` stands for all of ours; the last is a benchmark's own.
-    others = {"--help", "--llr", "--steps"}
+    # `--llr-*` stands for all of ours; the others are those of tools and benchmarks.
+    others = {"--help", "--llr", "--steps", *COMPARE}
     assert named - known_flags() - LAUNCHER - others == set()
 
 

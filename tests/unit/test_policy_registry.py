@@ -1,6 +1,7 @@
 """Every policy by name: what it gives, what it acts on, and a user's own."""
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,6 +176,19 @@ def test_a_bad_policy_of_ones_own_is_named(name: str) -> None:
         targets_for(ALPHAS, LLRConfig(policy=f"own_policies:{name}"))
     with pytest.raises(ValueError, match="No module named 'not_there'"):
         acts_on("not_there:f")
+
+
+def test_the_policy_that_the_docs_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
+    code = re.search(r"```python\n# my_policies.py\n(.*?)```", page, re.S)
+    name = re.search(r"--llr-policy my_policies:(\w+)", page)
+    assert code
+    assert name
+    (tmp_path / "my_policies.py").write_text(code[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = targets_for(ALPHAS, LLRConfig(policy=f"my_policies:{name[1]}"))
+    assert found.keys() == set(INSIDE)
+    assert mean(found) == pytest.approx(1.0)
 
 
 def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
