@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr import LLRConfig, assign_multipliers
+from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import MEANINGFUL
 from megatron_llr.policies import acts_on, targets_for
 from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
 from megatron_llr.policy_table import POLICIES, summaries
-from megatron_llr.records import EMBEDDING_IDS
+from megatron_llr.records import EMBEDDING_IDS, MatrixInfo
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up")
 BLOCKS = 5
@@ -117,6 +117,15 @@ def test_depth_falls_from_the_embedding_to_the_head(
     assert targets_for({"block.0.mlp.up": 2.0}, config(policy)) == {"block.0.mlp.up": 1.0}
 
 
+def test_depth_counts_blocks_not_layers() -> None:
+    """In a hybrid model a mixer layer and the MLP after it are one block; mtp follows the last."""
+    hybrid = ("block.0.mamba.in_proj", "block.1.attention.q", "block.1.mlp.up", "block.2.mlp.up")
+    found = targets_for(
+        dict.fromkeys(("position_embedding", *hybrid, "mtp.0.mlp.up"), 2.0), config("depth-linear")
+    )
+    assert list(found.values()) == pytest.approx([1.0, 1.0, 0.55, 0.55, 0.1, 0.1])
+
+
 def test_random_permutes_the_multipliers_of_esd() -> None:
     esd = assign_multipliers(ALPHAS, LLRConfig())
     found = targets_for(ALPHAS, config("random"))
@@ -192,4 +201,19 @@ def test_the_policy_that_the_docs_show(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
-    assert {"depth_floor", "random_seed", "farms_rows", "farms_windows"} <= set(MEANINGFUL)
+    new = {"depth_floor", "random_seed", "farms_rows", "farms_windows"}
+    assert new <= set(MEANINGFUL)
+    # A document that was saved before these settings were there is gone on from.
+    settings = LLRConfig()
+    meaning = {field: value for field, value in settings.meaning().items() if field not in new}
+    document = {
+        "version": 1,
+        "matrices": ["head"],
+        "meaning": meaning,
+        "timing": settings.timing(),
+    }
+    directory = {"head": MatrixInfo("head", "head", 64, 64, ((0,),), False)}
+    assert state.check(document, settings, directory) == []
+    later = {**document, "meaning": settings.meaning()}
+    with pytest.raises(ValueError, match="--llr-random-seed differs"):
+        state.check(later, LLRConfig(random_seed=1), directory)
