@@ -22,7 +22,7 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
-	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch .ci/run
+	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh .ci/run
 
 unit:
 	$(PYTHON) -m pytest -q --ignore tests/dist tests

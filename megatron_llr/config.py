@@ -5,15 +5,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_llr.errors import user_error
+from megatron_llr.policy_table import POLICIES, names_a_function
 
-POLICIES = ("esd", "uniform", "fixed")
+LLR_TABLE = "llr"
+"""Value of `role_table` that names the built-in constants instead of a file."""
 ESTIMATORS = ("hill_median", "ks", "fix_finger")
 _MAPPINGS = ("linear", "quantile", "sqrt", "log2", "sigmoid", "rank")
 MAPPINGS = (*_MAPPINGS, *(f"block-{mapping}" for mapping in _MAPPINGS))
 GRANULARITIES = ("projection", "parameter", "role", "block")
 WEIGHT_DECAYS = ("coupled", "decoupled")
 EMBEDDING_POLICIES = ("max", "one", "measured")
-SPECTRA = ("exact", "sharded")
+SPECTRA = ("exact", "sharded", "farms")
 DEVICES = ("auto", "cuda", "cpu")
 
 # Fields that give a saved state its meaning; the rest may change between runs.
@@ -30,6 +32,10 @@ MEANINGFUL = (
     "granularity",
     "embedding",
     "spectrum",
+    "depth_floor",
+    "random_seed",
+    "farms_rows",
+    "farms_windows",
 )
 # Fields that only say when; a change holds from the next measurement on.
 TIMING = ("interval", "ramp_iters", "active_fraction", "active_iters", "weight_decay")
@@ -45,9 +51,8 @@ class LLRConfig:
     """Layerwise learning rates: how spectra become multipliers, and when."""
 
     policy: str = "esd"
-    """What gives every matrix its multiplier: esd (LLR, arXiv 2605.22297: heavier tail, smaller
-    rate), uniform (every multiplier 1, spectra still measured: the control run), or fixed (one
-    multiplier per role, from --llr-role-table)."""
+    """What gives every matrix its multiplier: POLICIES; or package.module:function, a function of
+    your own."""
 
     min_multiplier: float = 1.0
     """Multiplier of the matrix with the heaviest tail."""
@@ -76,14 +81,16 @@ class LLRConfig:
     log2, sigmoid. With block- before it (block-linear) each block is mapped by itself."""
 
     inverse: bool = False
-    """Turn the direction round: the heaviest tail gets the largest multiplier."""
+    """Turn the direction round: the heaviest tail, or with a depth policy the last block, gets the
+    largest multiplier."""
 
     quantile: float = 0.05
     """Share of the exponents clipped at either end by the quantile mappings."""
 
     mean_preserving: bool = False
     """Divide the multipliers by their mean, so that the mean over all matrices but embedding and
-    head is 1."""
+    head is 1. What --llr-embedding gives those two is not divided; what a policy's own table or
+    formula gives them is."""
 
     granularity: str = "projection"
     """What shares a multiplier: projection (nothing: q, k, v, gate, up each its own), a Megatron
@@ -92,7 +99,15 @@ class LLRConfig:
 
     role_table: str | None = None
     """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
-    does not name, embedding and head among them, keep 1."""
+    does not name, embedding and head among them, keep 1. Or llr: the constants that LLR converged
+    to."""
+
+    depth_floor: float = 0.1
+    """Smallest multiplier of the depth policies, that of the last block (--llr-inverse: the
+    first)."""
+
+    random_seed: int = 0
+    """Seed of the permutation of the policy random."""
 
     weight_decay: str = "coupled"
     """coupled: decay scales with the multiplier, as AdamW multiplies it by the learning rate.
@@ -104,7 +119,15 @@ class LLRConfig:
 
     spectrum: str = "exact"
     """exact: the spectrum of the whole matrix, the same on every layout. sharded: the pooled
-    singular values of its tensor-parallel shards; cheaper, biased, depends on the layout."""
+    singular values of its tensor-parallel shards; cheaper, biased, depends on the layout. farms:
+    the pooled spectra of square submatrices of the whole matrix (FARMS, arXiv 2506.06280), so that
+    the exponent does not depend on its aspect ratio; dearer, the same on every layout."""
+
+    farms_rows: int = 2000
+    """Side of the submatrices of --llr-spectrum farms, or the matrix's shorter side if less."""
+
+    farms_windows: int = 10
+    """Submatrices of --llr-spectrum farms along each side of a matrix, evenly spaced."""
 
     log_dir: str | None = None
     """Folder for measurements.csv and learning_rates.csv; none are written without it."""
@@ -115,6 +138,14 @@ class LLRConfig:
     reset_state: bool = False
     """Ignore the extension's state in the checkpoint and start the multipliers afresh."""
 
+    same_start: bool = False
+    """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
+    another layout begins at the same weights. Without it they are Megatron's own."""
+
+    fixed_validation: bool = False
+    """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters
+    batches in an order of their own. Without it Megatron goes on to other samples each time."""
+
     device: str = "auto"
     """Where the job runs: auto (cuda where there is a GPU), cuda or cpu."""
 
@@ -122,12 +153,14 @@ class LLRConfig:
         """Check every value; a wrong one is a ValueError that names its flag."""
         self._check_choices()
         self._check_multipliers()
+        self._check_windows()
         self._check_timing()
         self.embedding_multiplier()
 
     def _check_choices(self) -> None:
+        if self.policy not in POLICIES and not names_a_function(self.policy):
+            raise _bad("policy", self.policy, f"{', '.join(POLICIES)}, or package.module:function")
         choices = {
-            "policy": POLICIES,
             "estimator": ESTIMATORS,
             "mapping": MAPPINGS,
             "granularity": GRANULARITIES,
@@ -153,9 +186,25 @@ class LLRConfig:
             )
 
         if (self.role_table is not None) != (self.policy == "fixed"):
-            raise _bad("role_table", self.role_table, f"a file, with {flag('policy')} fixed alone")
+            allowed = f"a file or {LLR_TABLE}, with {flag('policy')} fixed alone"
+            raise _bad("role_table", self.role_table, allowed)
         if not 0 <= self.quantile < 0.5:
             raise _bad("quantile", self.quantile, "0 up to, not including, 0.5")
+        if not 0 < self.depth_floor <= 1:
+            raise _bad("depth_floor", self.depth_floor, "above 0, at most 1")
+        if self.policy == "embedding-only" and self.embedding == "measured":
+            allowed = f"max, one, or a number with {flag('policy')} embedding-only"
+            raise _bad("embedding", self.embedding, allowed)
+        if self.policy == "alphadecay" and self.weight_decay == "decoupled":
+            allowed = f"coupled with {flag('policy')} alphadecay, which sets the decay itself"
+            raise _bad("weight_decay", self.weight_decay, allowed)
+
+    def _check_windows(self) -> None:
+        # A tail is fitted to no fewer eigenvalues (records.MIN_EIGENVALUES).
+        if self.farms_rows < 50:
+            raise _bad("farms_rows", self.farms_rows, "a whole number from 50")
+        if self.farms_windows < 1:
+            raise _bad("farms_windows", self.farms_windows, "a whole number from 1")
 
     def _check_timing(self) -> None:
         if self.interval < 1:

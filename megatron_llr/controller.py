@@ -14,8 +14,9 @@ from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import Observer
 from megatron_llr.observe.summary import matrix_table, role_table
 from megatron_llr.optim.layer_groups import LayerGroups
-from megatron_llr.policies import share_multipliers, targets_for
-from megatron_llr.ranks import together
+from megatron_llr.policies import acts_on, share_multipliers, targets_for
+from megatron_llr.policy_table import LEARNING_RATE, POLICIES
+from megatron_llr.ranks import require_equal, together
 from megatron_llr.records import Directory
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.sharding.shard import MatrixShard
@@ -56,6 +57,7 @@ class LayerwiseController:
         self._observer = observer
         self._inseparable = inseparable
         self._synchronize = synchronize
+        self._on_rate = acts_on(config.policy) == LEARNING_RATE
         self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
         self._schedule: MultiplierSchedule | None = None
@@ -65,7 +67,10 @@ class LayerwiseController:
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """Matrix id -> multiplier of the next update; 1 before `prepare`."""
+        """Matrix id -> multiplier of the next update; 1 before `prepare`.
+
+        A factor on the learning rate or, with a policy that sets it, on the weight decay.
+        """
         now = self._schedule.multipliers(self.next_update) if self._schedule else {}
         return {matrix: now.get(matrix, 1.0) for matrix in self.directory}
 
@@ -158,7 +163,7 @@ class LayerwiseController:
         self._synchronize()
         measurement = self._engine.measure()
         alphas = self._exponents(measurement)
-        targets = targets_for(alphas, self.config)
+        targets = self._targets(alphas)
         kept = [matrix for matrix in alphas if matrix not in targets]
         shared = share_multipliers(
             {**self._schedule.targets, **targets},
@@ -172,6 +177,16 @@ class LayerwiseController:
         self._observer.measured(
             self.next_update, measurement.table, shared, self.directory, measurement.spectra
         )
+
+    def _targets(self, alphas: Mapping[str, float]) -> dict[str, float]:
+        targets = together(lambda: targets_for(alphas, self.config))
+        if self.config.policy not in POLICIES:
+            # Someone else's code, run by every rank: nothing keeps it from drawing at random.
+            require_equal(
+                {f"target of {matrix}": targets.get(matrix) for matrix in alphas},
+                lambda _: f"make {self.config.policy} give the same on every rank",
+            )
+        return targets
 
     def _exponents(self, measurement: Measurement) -> dict[str, float]:
         """Exponent of every tunable matrix; NaN where there is none."""
@@ -210,7 +225,8 @@ class LayerwiseController:
         for matrix, (squares, count, weighted_rate) in zip(matrices, sums.tolist(), strict=True):
             # Replicas bring equal shares: the ratio of element counts is their number.
             norm = (squares * self.directory[matrix].numel / count) ** 0.5 if count else 0.0
-            rate = weighted_rate / count * used[matrix] if count else math.nan
+            factor = used[matrix] if self._on_rate else 1.0
+            rate = weighted_rate / count * factor if count else math.nan
             effective = rate / norm if norm > 0 else math.nan
             rates[matrix] = (used[matrix], rate, effective)
         self._observer.stepped(done, rates)

@@ -14,7 +14,8 @@ from megatron_llr.engine.measure import SpectrumEngine
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
 from megatron_llr.optim.layer_groups import LayerGroups
-from megatron_llr.policies import read_role_table
+from megatron_llr.policies import acts_on, read_role_table
+from megatron_llr.policy_table import WEIGHT_DECAY
 from megatron_llr.ranks import gather_objects, require_equal, together
 from megatron_llr.sharding.catalog import build_catalog
 from megatron_llr.sharding.directory import build_directory
@@ -30,8 +31,14 @@ def _build_layer_groups(
     optimizer: Any, model_chunks: Sequence[torch.nn.Module], config: LLRConfig
 ) -> LayerGroups:
     catalog = together(lambda: build_catalog(model_chunks))
+    on_decay = together(lambda: acts_on(config.policy)) == WEIGHT_DECAY
     groups = together(
-        lambda: LayerGroups(optimizer, catalog, decoupled_decay=config.weight_decay == "decoupled")
+        lambda: LayerGroups(
+            optimizer,
+            catalog,
+            decoupled_decay=config.weight_decay == "decoupled",
+            on_decay=on_decay,
+        )
     )
     setattr(optimizer, _LAYER_GROUPS, groups)
     return groups
@@ -58,7 +65,8 @@ def get_megatron_optimizer(
         exactly as Megatron's.
 
     Raises:
-        ValueError: if a weight of the model has no place in the tables.
+        ValueError: if a weight of the model has no place in the tables, or the policy cannot be
+            loaded.
     """
     optimizer = host.get_megatron_optimizer(config, model_chunks, *args, **kwargs)
     if llr is not None:

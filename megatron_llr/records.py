@@ -33,9 +33,11 @@ class SpectrumRecord:
         frobenius_norm: root of the sum of the eigenvalues.
         stable_rank: sum of the eigenvalues over the largest.
         entropy: spectral entropy, 0 to about 1.
-        num_eigenvalues: min(rows, cols), or the number pooled with `--llr-spectrum sharded`.
+        num_eigenvalues: min(rows, cols), or the number pooled with `--llr-spectrum sharded` or
+            `farms`, where all other fields speak of the pooled spectrum too.
         fit_distance: KS distance between the upper half and its fit; large means a poor fit.
-        method: how the eigenvalues were got: `gram32`, `gram64`, `svd64`, or `failed`.
+        method: how the eigenvalues were got: `gram32`, `gram64`, `svd64`, `pooled`, `farms`, or
+            `failed`.
     """
 
     alpha_hill_median: float

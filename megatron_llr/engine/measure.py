@@ -24,8 +24,9 @@ from megatron_llr.records import EMBEDDING_IDS, Directory, SpectrumRecord, Spect
 from megatron_llr.sharding.shard import MatrixShard
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
+from megatron_llr.spectrum.farms import farms_eigenvalues
 
-_METHODS = ("failed", "gram32", "gram64", "svd64", "pooled")
+_METHODS = ("failed", "gram32", "gram64", "svd64", "pooled", "farms")
 _WIDTH = len(fields(SpectrumRecord))
 
 Spectrum = tuple[torch.Tensor, str]
@@ -71,7 +72,7 @@ class SpectrumEngine:
     Args:
         shards: catalog of this rank.
         directory: all matrices of the job.
-        config: `spectrum`, `estimator` and `embedding` are read.
+        config: `spectrum`, `estimator`, `embedding` and the windows of farms are read.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class SpectrumEngine:
 
     @property
     def _is_exact(self) -> bool:
-        return self._config.spectrum == "exact"
+        return self._config.spectrum != "sharded"
 
     @property
     def _needs_small_eigenvalues(self) -> bool:
@@ -156,7 +157,11 @@ class SpectrumEngine:
         count = min(weight.shape)
         try:
             if count > 0:
-                return eigenvalues_of(weight, full=self._needs_small_eigenvalues)
+                full = self._needs_small_eigenvalues
+                if self._config.spectrum == "farms":
+                    rows, windows = self._config.farms_rows, self._config.farms_windows
+                    return farms_eigenvalues(weight, rows, windows, full=full)
+                return eigenvalues_of(weight, full=full)
         except Exception as caught:  # out of memory, a broken solver: raised on all ranks later
             self._error = caught
         nothing = torch.full((count,), math.nan, dtype=torch.float64, device=weight.device)

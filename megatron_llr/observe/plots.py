@@ -8,7 +8,8 @@ from typing import Any
 from megatron_llr.records import ROLES
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's pyplot on a backend without a display, or an error that says how to get it."""
     try:
         import matplotlib
     except ImportError as missing:
@@ -46,7 +47,7 @@ def last_measurement(folder: Path) -> list[dict[str, str]]:
 
 def multiplier_map(folder: Path, target: Path) -> None:
     """Heat-map block x role of the multipliers that the last measurement gave."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [row for row in last_measurement(folder) if row["block"] and not row["expert"]]
     blocks = sorted({int(row["block"]) for row in rows})
     roles = sorted({row["role"] for row in rows}, key=_role_rank)
@@ -76,7 +77,7 @@ def multiplier_map(folder: Path, target: Path) -> None:
 
 def learning_rate_lines(folder: Path, target: Path) -> None:
     """Learning rate over the updates: a line per role (mean), a band from smallest to largest."""
-    plt = _pyplot()
+    plt = pyplot()
     rates: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_rows(folder / "learning_rates.csv"):
         role = row["matrix"].rsplit(".", 1)[-1]

@@ -1,7 +1,8 @@
 """Layer param groups: installed while an inner optimizer steps, and gone before anyone looks.
 
 Megatron's own groups stay as it built them, so its checkpoints do too. During `step()` alone the
-inner optimizer sees groups in which every logical matrix has its own learning rate.
+inner optimizer sees groups in which every logical matrix has its own learning rate, or its own
+weight decay.
 """
 
 import math
@@ -28,6 +29,7 @@ class InnerGroups:
         optimizer: the inner optimizer.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
         decoupled_decay: whether a matrix decays as at multiplier 1.
+        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class InnerGroups:
         parts: Mapping[int, tuple[Master, tuple[Part, ...]]],
         *,
         decoupled_decay: bool,
+        on_decay: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.multipliers: Mapping[str, float] = {}
         self.stepping = stepping(optimizer)
         self.parts = parts
         self._decoupled_decay = decoupled_decay
+        self._on_decay = on_decay
         self._fused: dict[int, FusedTensor] = {}
         self._depth = 0
         self._base_groups: list[dict[str, Any]] = []
@@ -127,8 +131,12 @@ class InnerGroups:
     def _group(
         self, base: dict[str, Any], multiplier: float, tensors: list[torch.Tensor]
     ) -> dict[str, Any]:
-        piece = {**base, "params": tensors, "lr": base["lr"] * multiplier}
-        if self._decoupled_decay and "weight_decay" in base:
+        # A copy where the rate is a tensor: the scheduler overwrites that in place.
+        rate = base["lr"] * (1.0 if self._on_decay else multiplier)
+        piece = {**base, "params": tensors, "lr": rate}
+        if self._on_decay:
+            piece["weight_decay"] = base.get("weight_decay", 0.0) * multiplier
+        elif self._decoupled_decay and "weight_decay" in base:
             piece["weight_decay"] = base["weight_decay"] / multiplier
         if isinstance(base.get("step"), torch.Tensor):
             piece["step"] = base["step"].clone()
@@ -189,10 +197,16 @@ class LayerGroups:
         optimizer: what `get_megatron_optimizer` returned.
         shards: catalog of this rank.
         decoupled_decay: whether a matrix decays as at multiplier 1.
+        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
     """
 
     def __init__(
-        self, optimizer: Any, shards: Sequence[MatrixShard], *, decoupled_decay: bool = False
+        self,
+        optimizer: Any,
+        shards: Sequence[MatrixShard],
+        *,
+        decoupled_decay: bool = False,
+        on_decay: bool = False,
     ) -> None:
         by_parameter = _by_parameter(shards)
         self._inner: list[InnerGroups] = []
@@ -202,7 +216,11 @@ class LayerGroups:
                 for master in masters_of(leaf)
                 if id(master.parameter) in by_parameter
             }
-            self._inner.append(InnerGroups(leaf.optimizer, parts, decoupled_decay=decoupled_decay))
+            self._inner.append(
+                InnerGroups(
+                    leaf.optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay
+                )
+            )
 
     @property
     def inseparable(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """From exponents to multipliers: no torch, no megatron."""
 
 from megatron_llr.policies.assign import assign_multipliers
+from megatron_llr.policies.constant import read_role_table
 from megatron_llr.policies.granularity import share_multipliers
-from megatron_llr.policies.registry import read_role_table, targets_for
+from megatron_llr.policies.registry import acts_on, targets_for
 
-__all__ = ["assign_multipliers", "read_role_table", "share_multipliers", "targets_for"]
+__all__ = ["acts_on", "assign_multipliers", "read_role_table", "share_multipliers", "targets_for"]

@@ -56,7 +56,7 @@ def _embedding_target(
 
 
 def assign_multipliers(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
-    """Target multiplier of every matrix from its exponent.
+    """Target multiplier of every matrix from its exponent: LLR, arXiv 2605.22297.
 
     Embedding, position embedding and head stay out of the pool that the mapping is fitted to; they
     follow `config.embedding`.

@@ -1,65 +1,81 @@
-"""The policies by name. A policy turns the exponents of a measurement into target multipliers."""
+"""From the name of a policy to its targets. A policy turns exponents into target multipliers."""
 
-import json
+import importlib
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import reduce
+from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
-from megatron_llr.policies.assign import assign_multipliers
-from megatron_llr.records import ROLES, role_of
+from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
 
-Policy = Callable[[Mapping[str, float], LLRConfig], dict[str, float]]
+Policy = Callable[[Mapping[str, float], LLRConfig], Mapping[str, float]]
+"""(matrix id -> exponent, settings) -> (matrix id -> multiplier).
+
+The ids are those of all matrices that may be tuned, in model order; an exponent is NaN where there
+is none. A matrix left out keeps its multiplier. The function runs on every rank and must give the
+same everywhere. With an attribute `acts_on = "weight_decay"` its multipliers are factors on the
+decay.
+"""
 
 
-def uniform(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
-    """Every multiplier 1: the control run, measured like the others."""
-    return dict.fromkeys(alphas, 1.0)
+def _refused(name: str, got: object) -> ValueError:
+    return user_error(
+        f"bad {flag('policy')} {name}",
+        got=got,
+        allowed=f"{', '.join(POLICIES)}, or package.module:function of a function that can be "
+        "imported (PYTHONPATH)",
+        remedy=f"mend the function, or set {flag('policy')}",
+    )
 
 
-@lru_cache(maxsize=4)
-def read_role_table(path: str) -> Mapping[str, float]:
-    """The multipliers per role in a JSON file, read once.
+def load_policy(name: str) -> Policy:
+    """The function of a policy, from the table or by import path.
 
     Raises:
-        ValueError: if the file is no JSON object of known roles and positive finite numbers.
+        ValueError: if it cannot be imported or is no function.
     """
+    path = POLICIES[name].path if name in POLICIES else name
+    module, _, attribute = path.partition(":")
     try:
-        with open(path, encoding="utf-8") as file:
-            table = json.load(file)
-        wrong = [
-            f"{role!r}: {value!r}"
-            for role, value in table.items()
-            if role not in ROLES or not (math.isfinite(value) and value > 0)
-        ]
-    except (OSError, ValueError, TypeError, AttributeError) as broken:
-        wrong = [f"{type(broken).__name__}: {broken}"]
-    if wrong:
-        raise user_error(
-            f"bad {flag('role_table')} {path}",
-            got="; ".join(wrong),
-            allowed=f"a JSON object of roles ({', '.join(ROLES)}) and finite numbers above 0",
-            remedy="mend the file",
-        )
-    return {role: float(value) for role, value in table.items()}
+        found: Any = reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as missing:
+        raise _refused(name, f"{type(missing).__name__}: {missing}") from missing
+    if not callable(found):
+        raise _refused(name, f"a {type(found).__name__}")
+    policy: Policy = found
+    return policy
 
 
-def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
-    """One multiplier per role, whatever the spectra say."""
-    assert config.role_table is not None
-    table = read_role_table(config.role_table)
-    return {matrix: table.get(role_of(matrix), 1.0) for matrix in alphas}
+def acts_on(name: str) -> str:
+    """What the multipliers of a policy multiply: `learning_rate` or `weight_decay`.
 
-
-POLICIES: dict[str, Policy] = {
-    # LLR: "One LR Doesn't Fit All", arXiv 2605.22297
-    "esd": assign_multipliers,
-    "uniform": uniform,
-    "fixed": fixed,
-}
+    Raises:
+        ValueError: if the policy cannot be loaded, or says something else.
+    """
+    if name in POLICIES:
+        return POLICIES[name].acts_on
+    target: str = getattr(load_policy(name), "acts_on", LEARNING_RATE)
+    if target not in ACTS_ON:
+        raise _refused(name, f"acts_on = {target!r}, of {' and '.join(ACTS_ON)}")
+    return target
 
 
 def targets_for(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
-    """Targets that `config.policy` gives; a matrix left out keeps its multiplier."""
-    return POLICIES[config.policy](alphas, config)
+    """Targets that `config.policy` gives; a matrix left out keeps its multiplier.
+
+    Raises:
+        ValueError: if a user's own policy fails, or gives what is no multiplier.
+    """
+    policy = load_policy(config.policy)
+    if config.policy in POLICIES:
+        return dict(policy(alphas, config))
+    try:
+        targets = {matrix: float(value) for matrix, value in policy(dict(alphas), config).items()}
+    except Exception as failed:  # someone else's code: any error of it is one about the policy
+        raise _refused(config.policy, f"{type(failed).__name__}: {failed}") from failed
+    for matrix, value in targets.items():
+        if matrix not in alphas or not (math.isfinite(value) and value > 0):
+            raise _refused(config.policy, f"{matrix}: {value}, no matrix or no number above 0")
+    return targets

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_llr import host
 from megatron_llr.config import LLRConfig
 from megatron_llr.errors import user_error
+from megatron_llr.policy_table import summaries
 
 _PREFIX = "llr_"
 
@@ -21,7 +22,7 @@ class _PrefixedFlags(host.ArgumentGroupFactory):  # type: ignore[misc]
     def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
         kwargs["dest"] = _PREFIX + attribute.name
-        kwargs["help"] = kwargs["help"].replace("%", "%%")
+        kwargs["help"] = kwargs["help"].replace("POLICIES", summaries()).replace("%", "%%")
         return kwargs
 
 
@@ -76,6 +77,12 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("yaml_cfg", (None,), "--yaml-cfg"),
 )
 
+# What cannot go with --llr-fixed-validation, in the same form.
+_NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("full_validation", (False,), "--full-validation"),
+    ("multiple_validation_sets", (False,), "--multiple-validation-sets"),
+)
+
 
 def refuse_unsupported(args: Namespace) -> None:
     """Refuse what this version cannot train correctly, before anything is built.
@@ -83,7 +90,8 @@ def refuse_unsupported(args: Namespace) -> None:
     Raises:
         ValueError: naming the first flag that asks for it.
     """
-    for attribute, fine, flag in _UNSUPPORTED:
+    more = _NOT_WITH_FIXED_VALIDATION if args.llr_fixed_validation else ()
+    for attribute, fine, flag in (*_UNSUPPORTED, *more):
         value = getattr(args, attribute, fine[0])
         if value not in fine:
             raise user_error(

@@ -15,6 +15,9 @@ from megatron_llr import host
 Batch = dict[str, torch.Tensor | None]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
+# Order of the samples of --llr-fixed-validation, whatever --seed: any constant does.
+_VALIDATION_SEED = 1234
+
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -108,9 +111,24 @@ def datasets_provider(
 ) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for training, validation and test, from the parsed flags."""
     args = host.get_args()
+    reads_here = partial(_reads_data_here, vp_stage=vp_stage)
+    if not args.llr_fixed_validation:
+        train, valid, test = _build(train_valid_test_num_samples, args.seed, reads_here)
+        return train, valid, test
+    train_samples, valid_samples, test_samples = train_valid_test_num_samples
+    once = args.eval_iters * args.eval_global_batch_size
+    train, _, test = _build([train_samples, once, test_samples], args.seed, reads_here)
+    # One training sample: the builder has no way to leave a split out.
+    _, valid, _ = _build([1, once, 0], _VALIDATION_SEED, reads_here)
+    return train, None if valid is None else RepeatedDataset(valid, once, valid_samples), test
+
+
+def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) -> list[Any]:
+    """Megatron's datasets per split, None where this rank reads none; `seed` gives their order."""
+    args = host.get_args()
     blend, blend_per_split = host.get_blend_and_blend_per_split(args)
     config = host.GPTDatasetConfig(
-        random_seed=args.seed,
+        random_seed=seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
@@ -129,14 +147,28 @@ def datasets_provider(
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     dataset_class = host.MockGPTDataset if args.mock_data else host.GPTDataset
-    builder = host.BlendedMegatronDatasetBuilder(
-        dataset_class,
-        train_valid_test_num_samples,
-        partial(_reads_data_here, vp_stage=vp_stage),
-        config,
-    )
-    train, valid, test = builder.build()
-    return train, valid, test
+    builder = host.BlendedMegatronDatasetBuilder(dataset_class, num_samples, reads_here, config)
+    built: list[Any] = builder.build()
+    return built
+
+
+class RepeatedDataset(torch.utils.data.Dataset[Any]):
+    """The first samples of a dataset over and over: every evaluation begins where the first did.
+
+    Args:
+        dataset: at least `period` samples.
+        period: samples of one evaluation.
+        length: samples of all evaluations of the run.
+    """
+
+    def __init__(self, dataset: Any, period: int, length: int) -> None:
+        self._dataset, self._period, self._length = dataset, period, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index % self._period]
 
 
 # Megatron reads this attribute: the datasets are built on several ranks, not on one.

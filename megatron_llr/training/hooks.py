@@ -13,6 +13,7 @@ from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
+from megatron_llr.training.same_start import draw_weights
 from megatron_llr.training.scheduler import LayerwiseParamScheduler
 
 # The parameters that the seams rely on, by the name that is rebound.
@@ -47,6 +48,8 @@ class _Seams:
     def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
         """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
         self._model_chunks = model_chunks
+        if self.config.same_start:
+            draw_weights(model_chunks, host.get_args().seed)
         return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
 
     def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:

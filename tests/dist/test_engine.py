@@ -9,6 +9,8 @@ from layouts import HERE, Layout
 
 from megatron_llr.engine import measure
 from megatron_llr.ranks import gather_objects
+from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.spectrum.farms import farms_eigenvalues
 
 
 # One of each way to hold a matrix: whole, split, on another stage, stale until gathered.
@@ -70,6 +72,22 @@ def split_layout(layout: Layout) -> Layout:
     if layout.name not in ("tp1", "tp2", "tp2-pp2"):
         pytest.skip("run on one layout per world size")
     return layout
+
+
+def test_farms_pools_the_submatrices_of_whole_matrices(split_layout: Layout) -> None:
+    """Windows of 64: the same spectra on every layout, as on the whole weights in one process."""
+    flags = "--llr-spectrum farms --llr-farms-rows 64 --llr-farms-windows 3"
+    run = train(split_layout.flags, flags, "--exit-interval 1")
+    measured = run.controller._engine.measure()
+    weights = run.whole_weights()
+    assert measured.table["block.0.mlp.up"].num_eigenvalues == 3 * 3 * 64
+    assert measured.table["block.0.attention.k"].num_eigenvalues == 3 * 64
+    for matrix, record in measured.table.items():
+        pooled, _ = farms_eigenvalues(weights[matrix], 64, 3)
+        assert torch.allclose(measured.spectra[matrix].square(), pooled, atol=1e-6), matrix
+        expected = record_from_eigenvalues(pooled, method="farms").alpha_hill_median
+        assert record.alpha_hill_median == pytest.approx(expected, rel=1e-5), matrix
+        assert record.method == "farms"
 
 
 def test_a_measured_embedding_does_not_depend_on_padding(split_layout: Layout) -> None:

@@ -45,6 +45,26 @@ def test_bad_input_is_one_line_on_all_ranks(flags: str, text: str) -> None:
     assert text in error_of(flags)
 
 
+def test_a_policy_of_ones_own_must_be_there_and_give_the_same_on_every_rank(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shared_dir / f"own_policy_{dist.get_world_size()}.py").write_text(
+        "import os\n"
+        "def by_rank(alphas, config):\n"
+        "    return {m: 1.0 + int(os.environ['RANK']) for m in alphas}\n"
+        "def halves(alphas, config):\n    return {m: 0.5 for m in alphas if 'up' in m}\n"
+    )
+    dist.barrier()
+    monkeypatch.syspath_prepend(str(shared_dir))
+    module = f"own_policy_{dist.get_world_size()}"
+    run = train(f"--llr-policy {module}:halves")
+    assert (run.multipliers["block.2.mlp.up"], run.multipliers["block.2.mlp.gate"]) == (0.5, 1.0)
+    assert f"bad --llr-policy {module}:nothing" in error_of(f"--llr-policy {module}:nothing")
+    if dist.get_world_size() == 2:
+        text = error_of(f"--llr-policy {module}:by_rank")
+        assert "target of embedding differs between ranks: got 1.0 on rank 0, 2.0 on rank 1" in text
+
+
 @pytest.mark.parametrize("found", ["0.16.1", "0.20.0"])
 def test_another_megatron_core_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.metadata, "version", lambda name: found)

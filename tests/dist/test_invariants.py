@@ -102,12 +102,13 @@ def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torc
                 yield None, master.tensor, leaf, rest
 
 
-@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+@pytest.mark.parametrize("decay", ["coupled", "decoupled", "alphadecay"])
 def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None:
     """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update; with
-    decoupled decay every matrix decays as at multiplier 1."""
-    if decay == "decoupled" and layout.name not in ("tp1", "tp2-bf16", "dp2-distopt-bf16"):
-        pytest.skip("decoupled decay is run on three layouts")
+    decoupled decay every matrix decays as at multiplier 1; with the policy that sets the decay the
+    rate is the base rate."""
+    if decay != "coupled" and layout.name not in ("tp1", "tp2-bf16", "dp2-distopt-bf16"):
+        pytest.skip("decoupled decay and alphadecay are run on three layouts")
     before: dict[int, torch.Tensor] = {}
     checked: list[int] = []
     multipliers: dict[str, float] = {}
@@ -132,7 +133,8 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
             state = inner.state[tensor]
             multiplier = multipliers[matrix] if matrix else 1.0
             # Decoupled: rate x multiplier x (decay / multiplier).
-            decayed = group["weight_decay"] / (multiplier if decay == "decoupled" else 1.0)
+            factor = {"coupled": 1.0, "decoupled": 1 / multiplier, "alphadecay": multiplier}[decay]
+            decayed = group["weight_decay"] * factor
             rate = reference.adamw_rate(
                 before[id(tensor)],
                 tensor.detach(),
@@ -146,7 +148,7 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
             # fp32 weights hold an update of 1e-3 to 1e-4 of it; elements that barely move, less.
             moved = (tensor.detach() - before[id(tensor)]).abs() > 0.05 * base
             chosen = rate.view(-1)[mask & moved.view(-1)]
-            expected = base * multiplier
+            expected = base * (multiplier if decay != "alphadecay" else 1.0)
             assert chosen.numel() > 0 or mask.sum() < 200
             assert torch.allclose(chosen, torch.full_like(chosen, expected), rtol=2e-2), matrix
             if chosen.numel():
@@ -154,8 +156,10 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
             checked.append(update)
 
     # A decay that a wrong factor would show: a tenth of the weight at rate 1.
-    train(layout.flags, f"--weight-decay 1.0 --llr-weight-decay {decay}", on_update=check)
+    chosen = f"--llr-weight-decay {decay}" if decay != "alphadecay" else "--llr-policy alphadecay"
+    train(layout.flags, f"--weight-decay 1.0 {chosen}", on_update=check)
     assert set(checked) == {2, 5, 8}
+    assert max(multipliers.values()) > 2
 
 
 @pytest.mark.world_size(1, 2)

@@ -1,15 +1,18 @@
 """README, examples and docs say what is true: code runs, flags exist, files are there."""
 
 import io
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from megatron_llr.compare.grid import read_grid
 from megatron_llr.convert import command as conversion
 from megatron_llr.data import command as preprocessing
 
@@ -52,14 +55,15 @@ def tool_flags() -> set[str]:
     )
 
 
+COMPARE = {"--jobs", "--dry-run", "--report-only", "--rerun-changed", "--out"}
 LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
-    # `--llr-*` stands for all of ours; the last is a benchmark's own.
-    others = {"--help", "--llr", "--steps"}
+    # `--llr-*` stands for all of ours; the others are those of tools and benchmarks.
+    others = {"--help", "--llr", "--steps", *COMPARE}
     assert named - known_flags() - tool_flags() - LAUNCHER - others == set()
 
 
@@ -80,28 +84,123 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.s*")), ids=lambda p: p.name)
-def test_the_flags_of_every_example_are_parsed_by_the_real_parser(script: Path) -> None:
-    """The launcher is replaced by one that prints what it was given."""
-    stub = 'stub() { printf "ARG %s\\n" "$@"; }; srun() { stub "$@"; }; scontrol() { echo h; }\n'
+SCRIPTS = sorted((ROOT / "examples").glob("*.s*"))
+GRIDS = sorted((ROOT / "examples").rglob("*.yaml"))
+# Sizes, steps and rates of arXiv 2605.22297: (blocks, hidden, ffn, heads, steps, lr, min lr).
+LLAMA = {
+    "60m": (6, 768, 1512, 12, 3200, 1e-3, 1e-4),
+    "130m": (12, 768, 2048, 12, 5200, 1e-3, 1e-4),
+    "350m": (24, 1024, 2736, 16, 13600, 1e-3, 1e-4),
+    "1b": (24, 2048, 5461, 32, 40000, 5e-4, 5e-5),
+    "3b": (32, 2560, 6848, 32, 60000, 3e-4, 3e-5),
+}
+
+
+def words_of(script: Path) -> list[str]:
+    """What an example gives its launcher, which is replaced by one that prints it."""
+    stub = 'stub() { printf "ARG %s\\n" "$@"; }; srun() { "$@"; }; scontrol() { echo h; }\n'
+    stub += 'torchrun() { stub "$@"; }; exec() { "$@"; }\n'
     stub += "rm() { :; }; mkdir() { :; }; tee() { cat; }; grep() { cat; }; sed() { cat; }\n"
-    stub += "export -f stub srun scontrol rm mkdir tee grep sed\n"
+    stub += "export -f stub srun scontrol torchrun exec rm mkdir tee grep sed\n"
     environment = {"PATH": "/usr/bin:/bin", "DATA": "d", "TOKENIZER": "t", "PYTHON": "stub"}
+    if script.suffix == ".sbatch":
+        nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
+        assert nodes
+        environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
+    command = ["bash", "-c", f'{stub} bash "{script}" --llr-log-dir last']
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    given = [line.removeprefix("ARG ") for line in done.stdout.splitlines() if "ARG " in line]
+    assert "pretrain_gpt_llr.py" in given, done.stderr
+    if "ARG tools/report_run.py" in done.stdout:
+        given = given[: given.index("tools/report_run.py")]
+    return given
+
+
+def after(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+@pytest.fixture(scope="module")
+def parsed_examples() -> dict[str, dict[str, object]]:
+    """Every example's flags, parsed and checked by Megatron's own code for its number of ranks."""
+    program = (
+        "import json, os, sys\n"
+        "from megatron_llr.runtime import launch\n"
+        "launch.prepare_device(['--llr-device', 'cpu'])\n"
+        "from megatron.training import arguments\n"
+        "from megatron_llr.training.arguments import *\n"
+        "found = {}\n"
+        "for name, (ranks, words) in json.loads(sys.stdin.read()).items():\n"
+        "    os.environ.update(WORLD_SIZE=str(ranks), RANK='0')\n"
+        "    sys.argv = ['pretrain_gpt_llr.py', *words]\n"
+        # What parse_and_validate_args does before it builds a tokenizer.
+        "    args = arguments.validate_args(arguments.parse_args(add_llr_arguments))\n"
+        "    refuse_unsupported(args)\n"
+        "    config_from_args(args)\n"
+        "    plain = (int, float, str)\n"
+        "    found[name] = {k: v for k, v in vars(args).items() if isinstance(v, plain)}\n"
+        "print('PARSED', json.dumps(found))\n"
+    )
+    jobs: dict[str, tuple[int, Sequence[str]]] = {}
+    for script in SCRIPTS:
+        words = words_of(script)
+        nodes = int(after(words, "--nnodes")) if "--nnodes" in words else 1
+        ranks = nodes * int(after(words, "--nproc-per-node"))
+        jobs[script.name] = (ranks, words[words.index("pretrain_gpt_llr.py") + 1 :])
+    for path in GRIDS:
+        for run in read_grid(path).runs():
+            jobs.setdefault(f"{path.parent.name}/{path.name}: {run.policy}", (1, run.settings))
     done = subprocess.run(
-        ["bash", "-c", f'{stub} exec bash "{script}"'],
+        [sys.executable, "-W", "ignore", "-c", program],
         cwd=ROOT,
-        env=environment,
+        input=json.dumps(jobs),
         capture_output=True,
         text=True,
     )
-    given = [line.removeprefix("ARG ") for line in done.stdout.splitlines() if "ARG " in line]
-    assert "pretrain_gpt_llr.py" in given, done.stderr
-    job = given[given.index("pretrain_gpt_llr.py") + 1 :]
-    if "ARG tools/report_run.py" in done.stdout:
-        job = job[: job.index("tools/report_run.py")]
-    flags = {word for word in job if word.startswith("--")}
-    assert len(flags) > 20
-    assert flags - known_flags() == set()
+    line = next((text for text in done.stdout.splitlines() if text.startswith("PARSED")), None)
+    assert line is not None, done.stderr[-3000:]
+    found: dict[str, dict[str, object]] = json.loads(line.removeprefix("PARSED"))
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_example_is_accepted_by_the_real_parser(
+    script: Path, parsed_examples: dict[str, dict[str, object]]
+) -> None:
+    args = parsed_examples[script.name]
+    assert args["llr_log_dir"] == "last"
+    if script.stem.startswith("llama_"):
+        names = "num_layers hidden_size ffn_hidden_size num_attention_heads train_iters lr min_lr"
+        size = script.stem.removeprefix("llama_")
+        assert tuple(args[name] for name in names.split()) == LLAMA[size]
+        assert args["lr_warmup_iters"] == LLAMA[size][4] // 10
+        assert (args["global_batch_size"], args["seq_length"]) == (512, 1024)
+        assert (args["llr_interval"], args["llr_ramp_iters"]) == (100, 50)
+        assert args.get("fp8") == ("hybrid" if size == "3b" else None)
+        # FP8 products need sizes that are multiples of 16.
+        assert size != "3b" or all(int(n) % 16 == 0 for n in LLAMA[size][1:3])
+
+
+def test_every_run_of_the_grids_is_accepted_by_the_real_parser(
+    parsed_examples: dict[str, dict[str, object]],
+) -> None:
+    grids = {name: args for name, args in parsed_examples.items() if ".yaml" in name}
+    assert len(grids) == 6 + 6 + 9
+    assert all(args["llr_same_start"] and args["llr_fixed_validation"] for args in grids.values())
+    real = grids["shakespeare_char/gpu.yaml: depth-cosine"]
+    assert (real["train_iters"], real["lr"], real["min_lr"]) == (5000, 1e-3, 1e-4)
+    assert (real["num_layers"], real["hidden_size"], real["hidden_dropout"]) == (6, 384, 0.2)
+    # 7 batches of 64 x 256 hold all of the last tenth of the text.
+    assert int(str(real["eval_iters"])) * 64 * 256 >= 111_540
+
+
+def test_every_model_of_the_paper_has_both_scripts() -> None:
+    names = {path.name for path in SCRIPTS}
+    assert {f"llama_{size}{end}" for size in LLAMA for end in (".sh", ".sbatch")} <= names
+    words = words_of(ROOT / "examples" / "llama_1b.sbatch")
+    assert (after(words, "--nnodes"), after(words, "--rdzv-endpoint")) == ("4", "h:29500")
+    alone = words_of(ROOT / "examples" / "llama_1b.sh")
+    assert (after(alone, "--nnodes"), after(alone, "--rdzv-endpoint")) == ("1", "localhost:0")
 
 
 def test_only_one_module_imports_megatron() -> None:

@@ -11,8 +11,10 @@ from megatron_llr.config import flag
 FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
---llr-mean-preserving --llr-granularity --llr-role-table --llr-weight-decay --llr-embedding
---llr-spectrum --llr-log-dir --llr-dry-run --llr-reset-state --llr-device
+--llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
+--llr-random-seed --llr-weight-decay --llr-embedding
+--llr-spectrum --llr-farms-rows --llr-farms-windows --llr-log-dir --llr-dry-run --llr-reset-state
+--llr-same-start --llr-fixed-validation --llr-device
 """.split()
 
 
@@ -50,7 +52,15 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"active_fraction": 1.5}, "--llr-active-fraction"),
         ({"active_iters": 0}, "--llr-active-iters"),
         ({"quantile": 0.5}, "--llr-quantile"),
+        ({"policy": "module:"}, "--llr-policy"),
+        ({"policy": "a b:c"}, "--llr-policy"),
         ({"policy": "fixed"}, "--llr-role-table"),
+        ({"depth_floor": 0.0}, "--llr-depth-floor"),
+        ({"depth_floor": 1.1}, "--llr-depth-floor"),
+        ({"farms_rows": 49}, "--llr-farms-rows"),
+        ({"farms_windows": 0}, "--llr-farms-windows"),
+        ({"policy": "embedding-only", "embedding": "measured"}, "--llr-embedding"),
+        ({"policy": "alphadecay", "weight_decay": "decoupled"}, "--llr-weight-decay"),
         ({"role_table": "roles.json"}, "--llr-role-table"),
         ({"embedding": "biggest"}, "--llr-embedding"),
         ({"embedding": "-1"}, "--llr-embedding"),

@@ -1,0 +1,221 @@
+"""Runs a grid: one or several jobs at a time, each once, however often it is interrupted."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from megatron_llr.compare.flags import settings, value_of
+from megatron_llr.compare.grid import Grid, Run
+from megatron_llr.compare.results import DONE, losses, read_done, write_done
+from megatron_llr.errors import user_error
+from megatron_llr.version import __version__
+
+# What Megatron's checks say before they end a job whose loss or gradient is not finite.
+_NOT_FINITE = re.compile(r"found (NaN|Inf) in|Unexpected result (nan|inf)", re.I)
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 15
+
+
+@dataclass
+class _Job:
+    run: Run
+    process: subprocess.Popen[bytes]
+    started: float
+    slot: int
+
+
+def environment() -> dict[str, str]:
+    """Versions that decide what a run computes."""
+    found = {"megatron-llr": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "megatron-core", "transformer-engine"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        found["commit"] = told.stdout.strip()
+    except OSError:
+        found["commit"] = ""
+    return found
+
+
+def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
+    """The command line of a run; `slot` tells jobs that run at the same time apart."""
+    launch = grid.launch or (sys.executable, "-W", "ignore")
+    paths = ["--tensorboard-dir", str(run.folder / "tensorboard"), "--llr-log-dir", str(run.folder)]
+    if value_of(run.settings, "--data-cache-path") is None:
+        # Jobs that build an index at the same time must not share the file.
+        paths += ["--data-cache-path", str(grid.out / "cache" / f"slot-{slot}")]
+    if value_of(run.settings, "--save-interval") is not None:
+        checkpoint = str(run.folder / "checkpoint")
+        paths += ["--save", checkpoint, "--load", checkpoint]
+    return [*launch, grid.script, *run.settings, *paths]
+
+
+def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
+    chosen = dict(os.environ)
+    if not grid.launch:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # One process is a whole job, as torchrun would tell it.
+        chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        chosen.setdefault("OMP_NUM_THREADS", "1")
+    if jobs > 1:
+        visible = chosen.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        first = slot * grid.gpus_per_run
+        if len(visible) >= jobs * grid.gpus_per_run:
+            mine = visible[first : first + grid.gpus_per_run]
+        else:
+            mine = [str(first + index) for index in range(grid.gpus_per_run)]
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    return chosen
+
+
+def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
+    """The runs that are not done.
+
+    Raises:
+        ValueError: if a finished run was made with other settings, unless `rerun_changed`: a result
+            is never thrown away unasked.
+    """
+    waiting = []
+    for run in grid.runs():
+        record = read_done(run)
+        if record is None:
+            waiting.append(run)
+        elif record["digest"] != run.digest:
+            before, now = settings(record["settings"]), settings(run.settings)
+            changed = sorted(f for f in before.keys() | now.keys() if before.get(f) != now.get(f))
+            if not rerun_changed:
+                raise user_error(
+                    f"{run.folder} holds a finished run with other settings",
+                    got=", ".join(f"{f} {before.get(f)}, now {now.get(f)}" for f in changed)
+                    or "the same flags in another order",
+                    allowed="the settings of the grid",
+                    remedy="give the grid another out, or run it with --rerun-changed",
+                )
+            waiting.append(run)
+    return waiting
+
+
+def _prepare_folder(run: Run) -> None:
+    """Empty the folder of a run, unless a checkpoint in it is of these very settings."""
+    begun = run.folder / "begun.txt"
+    goes_on = (
+        (run.folder / "checkpoint").exists()
+        and not (run.folder / DONE).exists()
+        and begun.exists()
+        and begun.read_text(encoding="utf-8") == run.digest
+    )
+    if run.folder.exists() and not goes_on:
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(run.digest, encoding="utf-8")
+
+
+def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
+    _prepare_folder(run)
+    with (run.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            command(grid, run, slot),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_job_environment(grid, slot, jobs),
+            start_new_session=True,
+        )
+    return _Job(run, process, time.monotonic(), slot)
+
+
+def _stop(jobs: Sequence[_Job]) -> None:
+    """End jobs and all their ranks."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for job in jobs:
+            if job.process.poll() is None:
+                os.killpg(job.process.pid, number)
+        while time.monotonic() < deadline and any(job.process.poll() is None for job in jobs):
+            time.sleep(_POLL_SECONDS)
+
+
+def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> str | None:
+    """Record a job that has ended; what it came to, or None if it failed."""
+    seconds = time.monotonic() - job.started
+    text = (job.run.folder / "log.txt").read_text(errors="replace")
+    died_of_nan = job.process.returncode != 0 and _NOT_FINITE.search(text) is not None
+    if job.process.returncode != 0 and not died_of_nan:
+        return None
+    _, curve = losses(job.run.folder)
+    if not curve and not died_of_nan:
+        return None
+    write_done(
+        job.run,
+        died_of_nan=died_of_nan,
+        seconds=seconds,
+        environment=versions,
+        command=command(grid, job.run, job.slot),
+    )
+    reached = f"validation {curve[-1][1]:.4f}" if curve and not died_of_nan else "diverged"
+    return f"{reached} ({seconds:.0f} s)"
+
+
+def run_grid(
+    grid: Grid, waiting: Sequence[Run], *, jobs: int, say: Callable[[str], None]
+) -> list[Run]:
+    """Run what is waiting.
+
+    Args:
+        grid: the grid.
+        waiting: as `pending` gives it.
+        jobs: how many at a time.
+        say: prints a line of progress.
+
+    Returns:
+        The runs that failed of something else than a loss that is not finite; they are not recorded
+        as done, and the next call tries them again.
+    """
+    total, versions = len(grid.runs()), environment()
+    begun, done, left = time.monotonic(), 0, list(waiting)
+    failed: list[Run] = []
+    active: list[_Job] = []
+    if len(left) < total:
+        say(f"{total - len(left)} of {total} runs are done already")
+    try:
+        while left or active:
+            while left and len(active) < jobs:
+                slot = min(set(range(jobs)) - {job.slot for job in active})
+                active.append(_start(grid, left.pop(0), slot, jobs))
+            time.sleep(_POLL_SECONDS)
+            for job in [job for job in active if job.process.poll() is not None]:
+                active.remove(job)
+                done += 1
+                outcome = _finish(grid, job, versions)
+                if outcome is None:
+                    failed.append(job.run)
+                    outcome = (
+                        f"FAILED with code {job.process.returncode}: see {job.run.folder}/log.txt"
+                    )
+                rest = (time.monotonic() - begun) / done * (len(waiting) - done) / 60
+                say(
+                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome}; "
+                    f"about {rest:.0f} min left"
+                )
+    finally:
+        _stop(active)
+    return failed

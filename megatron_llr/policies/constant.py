@@ -1,0 +1,76 @@
+"""Policies that look at a matrix's role alone: `uniform`, `embedding-only`, `fixed`."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+from megatron_llr.config import LLR_TABLE, LLRConfig, flag
+from megatron_llr.errors import user_error
+from megatron_llr.policies.mean import mean_one
+from megatron_llr.records import EMBEDDING_IDS, ROLES, role_of
+
+# What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
+# read off its figure (6.2, 7.7, 13.5 and 25e-4) over the base rate of 5e-4. Good to a few percent.
+LLR_CONSTANTS: Mapping[str, float] = {
+    **dict.fromkeys(("q", "k"), 1.24),
+    **dict.fromkeys(("v", "o"), 1.5),
+    **dict.fromkeys(("gate", "up", "down"), 2.7),
+    **dict.fromkeys(("embedding", "head"), 5.0),
+}
+
+
+def uniform(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+    """Every multiplier 1: plain training, measured like the others."""
+    return dict.fromkeys(alphas, 1.0)
+
+
+def embedding_only(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+    """Embedding and head at `config.embedding`, everything else at 1.
+
+    The first control of LLR (arXiv 2605.22297): how much of its gain is a larger learning rate on
+    the embedding? A larger one there alone is also what arXiv 2502.19002 finds to matter most.
+    """
+    multiplier = config.embedding_multiplier()
+    assert multiplier is not None, "checked in LLRConfig"
+    return {matrix: multiplier if matrix in EMBEDDING_IDS else 1.0 for matrix in alphas}
+
+
+@lru_cache(maxsize=4)
+def read_role_table(path: str) -> Mapping[str, float]:
+    """The multipliers per role in a JSON file, read once; `llr` names the built-in table.
+
+    Raises:
+        ValueError: if the file is no JSON object of known roles and positive finite numbers.
+    """
+    if path == LLR_TABLE:
+        return LLR_CONSTANTS
+    try:
+        with open(path, encoding="utf-8") as file:
+            table = json.load(file)
+        wrong = [
+            f"{role!r}: {value!r}"
+            for role, value in table.items()
+            if role not in ROLES or not (math.isfinite(value) and value > 0)
+        ]
+    except (OSError, ValueError, TypeError, AttributeError) as broken:
+        wrong = [f"{type(broken).__name__}: {broken}"]
+    if wrong:
+        raise user_error(
+            f"bad {flag('role_table')} {path}",
+            got="; ".join(wrong),
+            allowed=f"a JSON object of roles ({', '.join(ROLES)}) and finite numbers above 0",
+            remedy=f"mend the file, or give {LLR_TABLE} for the constants that LLR converged to",
+        )
+    return {role: float(value) for role, value in table.items()}
+
+
+def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+    """One multiplier per role, whatever the spectra say (`--llr-role-table`).
+
+    With the table `llr`: the constants that LLR's multipliers converged to in its authors' 1B run
+    (arXiv 2605.22297), which asks whether anything has to be measured at all.
+    """
+    assert config.role_table is not None
+    table = read_role_table(config.role_table)
+    return mean_one({matrix: table.get(role_of(matrix), 1.0) for matrix in alphas}, config)

@@ -1,0 +1,19 @@
+"""The mean of the multipliers held at 1: what tells a policy's order from its mean."""
+
+from collections.abc import Mapping
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.records import EMBEDDING_IDS
+
+
+def mean_one(targets: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+    """Divide by the mean over all matrices but embedding and head, if `config` asks for it.
+
+    Embedding and head are divided too: a policy that gives them a number of its own gives it
+    relative to the others.
+    """
+    others = [target for matrix, target in targets.items() if matrix not in EMBEDDING_IDS]
+    if not config.mean_preserving or not others:
+        return dict(targets)
+    mean = sum(others) / len(others)
+    return {matrix: target / mean for matrix, target in targets.items()}

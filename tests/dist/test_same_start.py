@@ -1,0 +1,86 @@
+"""The same seed: the same initial weights and the same data, whatever the policy and the layout."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Run, train
+
+from megatron_llr.training import gpt
+
+LAYOUTS = {
+    1: ["", "--global-batch-size 2 --micro-batch-size 2"],
+    2: [
+        "",
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+        "--use-distributed-optimizer --bf16",
+    ],
+}
+# Dropout is drawn per rank, and the padding of the vocabulary, part of the loss, follows the layout.
+START = "--train-iters 3 --lr-warmup-iters 1 --llr-same-start --vocab-size 256 "
+START += "--attention-dropout 0 --hidden-dropout 0"
+POLICIES = ["esd", "uniform", "random", "depth-cosine", "alphadecay"]
+
+
+def start_of(*flags: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Whole initial weights, and the losses of the run."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(run: Run) -> None:
+        kept.update(run.whole_weights(256))
+
+    run = train(START, *flags, on_built=keep)
+    return kept, run.losses
+
+
+@pytest.mark.world_size(1, 2)
+def test_weights_and_data_are_those_of_the_seed_on_every_layout() -> None:
+    found = [start_of(layout) for layout in LAYOUTS[dist.get_world_size()]]
+    (weights, losses), others = found[0], found[1:]
+    assert len(weights) == 4 * 7 + 2
+    assert weights["embedding"].shape == (256, 128)
+    assert float(weights["block.0.mlp.down"].std()) == pytest.approx(0.02 / 8**0.5, rel=0.02)
+    for other, other_losses in others:
+        for matrix, weight in weights.items():
+            same = torch.equal(other[matrix], weight)
+            # bf16 keeps 8 bits of the same draw.
+            assert same or torch.equal(other[matrix], weight.bfloat16().float()), matrix
+        assert other_losses[0] == pytest.approx(losses[0], rel=1e-3)
+    different, _ = start_of("--seed 77")
+    assert not torch.equal(different["block.0.mlp.up"], weights["block.0.mlp.up"])
+
+
+@pytest.mark.world_size(1)
+def test_every_policy_begins_at_the_same_loss() -> None:
+    """The base rate of update 1 is 0, so the loss of update 2 shows the second batch untouched."""
+    losses = [start_of(f"--llr-policy {policy}")[1] for policy in POLICIES]
+    assert all(found[:2] == losses[0][:2] for found in losses)
+    assert losses[0][0] != losses[0][1]
+    assert losses[0][2] != losses[1][2]
+
+
+@pytest.mark.world_size(1)
+def test_every_evaluation_is_on_the_same_tokens_whatever_the_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    inner = gpt.RepeatedDataset.__getitem__
+
+    def recorded(self: gpt.RepeatedDataset, index: int) -> Any:
+        sample = inner(self, index)
+        seen.append(tuple(sample["tokens"].tolist()))
+        return sample
+
+    monkeypatch.setattr(gpt.RepeatedDataset, "__getitem__", recorded)
+    by_seed = []
+    for seed in (1, 2):
+        seen.clear()
+        train(f"--llr-fixed-validation --seed {seed} --eval-iters 3 --eval-interval 4")
+        # Evaluations after updates 4 and 8 and at the end, each of 3 batches of 2.
+        assert len(seen) == 3 * 6
+        assert seen[:6] == seen[6:12] == seen[12:]
+        assert len(set(seen)) == 6
+        by_seed.append(list(seen))
+    assert by_seed[0] == by_seed[1]

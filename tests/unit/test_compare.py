@@ -1,0 +1,290 @@
+"""The comparison tool without training: grids, counterparts, statistics, flags, the report."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_llr.compare.checks import flagged
+from megatron_llr.compare.counterparts import effects
+from megatron_llr.compare.flags import beyond_policy, value_of
+from megatron_llr.compare.grid import Grid, Run, read_grid
+from megatron_llr.compare.report import report
+from megatron_llr.compare.results import has_diverged, read_result, write_done
+from megatron_llr.compare.runner import _prepare_folder, command, pending
+from megatron_llr.compare.statistics import (
+    difference_of,
+    mean_of,
+    reaches,
+    student_cdf,
+    student_quantile,
+)
+from megatron_llr.compare.summary import rows_of
+
+MakeGrid = Callable[..., Grid]
+
+FLAGS = "--seq-length 16 --global-batch-size 4 --train-iters 100 --eval-interval 50 --eval-iters 2"
+WHOLE: dict[str, Any] = {
+    "learning_rates": ["1e-3", 3e-3],
+    "seeds": [1, 2, 3],
+    "flags": FLAGS,
+    "policies": {"uniform": "--llr-policy uniform", "esd": "--llr-policy esd"},
+}
+
+
+@pytest.fixture
+def make_grid(tmp_path: Path) -> MakeGrid:
+    def make(**more: Any) -> Grid:
+        path = tmp_path / "grid.yaml"
+        path.write_text(
+            yaml.safe_dump({**WHOLE, "out": str(tmp_path / "out"), **more}, sort_keys=False)
+        )
+        return read_grid(path)
+
+    return make
+
+
+def finish(run: Run, losses: list[float], *, first: float = 5.0, **more: Any) -> None:
+    """Leave what a finished run leaves; losses at iterations 50, 100, ..."""
+    with SummaryWriter(run.folder / "tensorboard") as writer:
+        writer.add_scalar("lm loss", first, 1)
+        for index, loss in enumerate(losses, 1):
+            writer.add_scalar("lm loss validation", loss, 50 * index)
+    write_done(run, **{"died_of_nan": False, "seconds": 1.0, "environment": {}, **more})
+
+
+def test_every_esd_policy_gets_its_controls(make_grid: MakeGrid) -> None:
+    grid = make_grid()
+    assert list(grid.policies) == [
+        *("uniform", "esd", "esd-mean1", "esd-random", "esd-inverse", "esd-embedding-only"),
+    ]
+    kinds = {name: value_of(words, "--llr-policy") for name, words in grid.policies.items()}
+    assert kinds["esd-random"] == "random"
+    assert kinds["esd-inverse"] == "inverse"
+    preserving = {n for n, words in grid.policies.items() if "--llr-mean-preserving" in words}
+    assert preserving == {"esd-mean1", "esd-random", "esd-inverse"}
+    named = {(e.policy, e.against) for e in effects(grid.policies, grid.flags, "uniform")}
+    assert named == {
+        ("esd", "uniform"),
+        ("esd-embedding-only", "uniform"),
+        ("esd", "esd-embedding-only"),
+        ("esd", "esd-mean1"),
+        ("esd-mean1", "esd-random"),
+        ("esd-mean1", "esd-inverse"),
+    }
+    assert list(make_grid(counterparts=False).policies) == ["uniform", "esd"]
+
+
+def test_controls_that_are_there_or_would_say_nothing_are_not_added(make_grid: MakeGrid) -> None:
+    policies = {
+        "uniform": "--llr-policy uniform",
+        "head-start": "--llr-policy embedding-only",
+        "llr": "--llr-policy esd --llr-mean-preserving",
+        "plain": "--llr-policy esd --llr-embedding one",
+    }
+    found = set(make_grid(policies=policies).policies) - set(policies)
+    assert found == {
+        *("llr-random", "llr-inverse", "plain-mean1", "plain-random", "plain-inverse"),
+    }
+
+
+def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
+    grid = make_grid()
+    runs = grid.runs()
+    assert len(runs) == 6 * 2 * 3 == len({run.folder for run in runs})
+    assert [run.seed for run in runs] == [1] * 12 + [2] * 12 + [3] * 12
+    for run in runs:
+        assert value_of(run.settings, "--lr") == f"{run.learning_rate:g}"
+        assert value_of(run.settings, "--min-lr") == f"{run.learning_rate * 0.1:g}"
+        assert {"--llr-same-start", "--llr-fixed-validation"} <= set(run.settings)
+        permutation = value_of(run.settings, "--llr-random-seed")
+        assert permutation == (str(run.seed) if run.policy == "esd-random" else None)
+        assert beyond_policy(run.settings, grid.runs()[0].settings) in (
+            [],
+            *(["--seed"], ["--lr", "--min-lr"], ["--lr", "--min-lr", "--seed"]),
+        )
+    line = command(make_grid(launch="torchrun --nproc-per-node 8"), runs[0])
+    assert line[:4] == ["torchrun", "--nproc-per-node", "8", "pretrain_gpt_llr.py"]
+    assert "--save" not in line
+    saving = make_grid(flags=FLAGS + " --save-interval 10")
+    assert str(runs[0].folder / "checkpoint") in command(saving, saving.runs()[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"polices": {}}, "polices"),
+        ({"flags": "--seq-length 16"}, "flags without --global-batch-size"),
+        ({"flags": FLAGS + " --lr 1"}, "flags: --lr"),
+        ({"policies": {"a/b": "", "uniform": ""}}, "a/b"),
+        ({"policies": {"esd": ""}}, "the control 'uniform'"),
+        ({"policies": ["esd"]}, "policies: "),
+        ({"seeds": [1, 1]}, "seeds: "),
+        ({"seeds": 3}, "seeds: "),
+        ({"learning_rates": [0.0]}, "learning_rates: "),
+        ({"learning_rates": ["fast"]}, "learning_rates: "),
+    ],
+)
+def test_a_bad_grid_is_named(make_grid: MakeGrid, more: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=r"^megatron_llr: bad grid .*grid\.yaml: got ") as caught:
+        make_grid(**more)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    # Two-sided 95 %: the printed tables of Student's t.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)],
+)
+def test_students_t(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
+    assert student_cdf(-quantile, freedom) == pytest.approx(0.025, abs=3e-5)
+
+
+def test_means_and_paired_differences() -> None:
+    assert mean_of([1.0, 2.0, 3.0]).error == pytest.approx(1 / math.sqrt(3))
+    assert math.isnan(mean_of([2.0]).error)
+    found = difference_of({1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.5, 2: 2.3, 3: 3.4})
+    assert found.paired
+    assert found.value == pytest.approx(-0.4)
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert (found.low, found.high) == (
+        pytest.approx(-0.4 - half, abs=1e-4),
+        pytest.approx(-0.4 + half, abs=1e-4),
+    )
+    # Welch (1947): equal sizes and variances have 2 (n - 1) degrees of freedom.
+    welch = difference_of({1: 1.0, 2: 2.0, 3: 3.0}, {4: 1.0, 5: 2.0, 6: 3.0})
+    assert not welch.paired
+    assert welch.high == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
+    assert math.isnan(difference_of({1: 1.0}, {1: 2.0}).low)
+
+
+def test_when_a_curve_reaches_a_loss() -> None:
+    curve = [(50, 3.0), (100, 2.0), (150, 2.5)]
+    assert reaches(curve, 2.25) == 87.5
+    assert reaches(curve, 3.5) == 50
+    assert reaches(curve, 1.9) is None
+    assert reaches([], 1.0) is None
+
+
+def test_what_counts_as_diverged() -> None:
+    assert has_diverged(5.0, ((50, math.nan),), died_of_nan=False)
+    assert has_diverged(5.0, ((50, 4.0), (100, 5.1)), died_of_nan=False)
+    assert has_diverged(5.0, (), died_of_nan=True)
+    assert not has_diverged(5.0, ((50, 5.5), (100, 4.9)), died_of_nan=False)
+
+
+def test_a_finished_run_is_never_run_again_nor_thrown_away(make_grid: MakeGrid) -> None:
+    grid = make_grid()
+    first = grid.runs()[0]
+    finish(first, [3.0, 2.0])
+    assert first not in pending(grid)
+    assert len(pending(grid)) == 35
+    (grid.runs()[1].folder).mkdir(parents=True)
+    (grid.runs()[1].folder / "done.json").write_text('{"version": 1, "dig')
+    assert grid.runs()[1] in pending(grid)
+    changed = make_grid(flags=FLAGS + " --weight-decay 0.2")
+    with pytest.raises(ValueError, match=r"--weight-decay None, now 0\.2.*--rerun-changed"):
+        pending(changed)
+    assert len(pending(changed, rerun_changed=True)) == 36
+    assert read_result(changed.runs()[0]) is None
+    more = make_grid(learning_rates=[1e-3, 3e-3, 1e-2])
+    assert len(pending(more)) == 53
+
+
+def test_only_a_checkpoint_of_the_same_settings_is_gone_on_from(make_grid: MakeGrid) -> None:
+    run, other = make_grid().runs()[:2]
+    for expected in (False, True):
+        _prepare_folder(run)
+        assert (run.folder / "checkpoint").exists() is expected
+        (run.folder / "checkpoint").mkdir(exist_ok=True)
+    (run.folder / "begun.txt").write_text(other.digest)
+    _prepare_folder(run)
+    assert not (run.folder / "checkpoint").exists()
+    (run.folder / "checkpoint").mkdir()
+    finish(run, [1.0])
+    _prepare_folder(run)
+    assert not (run.folder / "done.json").exists()
+    assert not (run.folder / "checkpoint").exists()
+
+
+def filled(grid: Grid) -> None:
+    """At 1e-3 uniform is best, esd at 3e-3 and 0.1 better; random diverges at 3e-3."""
+    for run in grid.runs():
+        offset = {"uniform": 0.0, "esd": -0.2}.get(run.policy, 0.05)
+        steep = run.learning_rate > 2e-3
+        losses = [3.0 + offset, 2.0 + offset + 0.01 * run.seed + (0.1 if steep else 0.0)]
+        if run.policy == "esd" and steep:
+            losses[1] -= 0.1 + 0.001 * run.seed**2
+        finish(run, [*losses, math.nan] if run.policy == "esd-random" and steep else losses)
+
+
+def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
+    grid = make_grid()
+    filled(grid)
+    results = [read_result(run) for run in grid.runs()]
+    rows = {row.cell.policy: row for row in rows_of(grid, [r for r in results if r])}
+    assert next(iter(rows)) == "uniform"
+    assert rows["uniform"].cell.learning_rate == 1e-3
+    assert rows["uniform"].speedup == 1.0
+    esd = rows["esd"]
+    assert esd.cell.learning_rate == 3e-3
+    assert esd.difference is not None
+    assert esd.difference.value == pytest.approx(-0.2 - 0.014 / 3)
+    assert esd.difference.high < -0.19
+    # 2.8 to 1.8153 on a line, down to 2.02, in iterations 50 to 100 of 64 tokens.
+    assert esd.tokens == pytest.approx(64 * (50 + 50 * (2.8 - 2.02) / (2.8 - 1.8153333)))
+    assert esd.speedup == pytest.approx(64 * 100 / esd.tokens)
+    assert rows["esd-mean1"].tokens is None
+    assert "diverged at 0.003: 3 of 3" in rows["esd-random"].notes
+    text = report(grid)
+    assert "FLAGGED" not in text
+    assert "their order, against random" in text
+    assert text == (grid.out / "table.txt").read_text().rstrip("\n")
+    for name, lines in (("runs", 36), ("table", 6), ("curves", 33 * 2 + 3 * 3)):
+        with (grid.out / f"{name}.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == lines, name
+    for name in ("curves.png", "learning_rates.png"):
+        assert (grid.out / name).stat().st_size > 10_000
+
+
+def test_a_grid_that_is_not_done_is_reported_as_far_as_it_is(make_grid: MakeGrid) -> None:
+    grid = make_grid()
+    assert report(grid).startswith("0 of 36 runs done")
+    for run in grid.runs()[:3]:
+        finish(run, [3.0, 2.0])
+    assert "1 of 3 seeds" in report(grid)
+
+
+def test_what_is_no_fair_comparison_is_flagged(make_grid: MakeGrid) -> None:
+    policies = {
+        "uniform": "--llr-policy uniform",
+        "heavier": "--llr-policy depth-linear --weight-decay 0.3",
+    }
+    grid = make_grid(policies=policies, learning_rates=[1e-3], seeds=[1])
+    control, other = grid.runs()
+    finish(control, [3.0, 2.0], first=5.0, environment={"torch": "2.13"})
+    finish(other, [3.0], first=5.01, environment={"torch": "2.12"})
+    lines = flagged(grid, [r for r in map(read_result, grid.runs()) if r])
+    for part in (
+        "heavier differs from uniform in --weight-decay",
+        "heavier, lr 0.001, seed 1: loss 5.01 at update 1, the control's 5",
+        "evaluated at different updates",
+        "different torch: 2.12, 2.13",
+    ):
+        assert any(part in line for line in lines), part
+    assert "FLAGGED:" in report(grid)
+
+
+def test_the_record_of_a_run_names_its_settings(make_grid: MakeGrid) -> None:
+    run = make_grid().runs()[0]
+    finish(run, [1.0])
+    record = json.loads((run.folder / "done.json").read_text())
+    assert record["settings"] == list(run.settings)
+    assert not (run.folder / "done.json.part").exists()
