@@ -44,6 +44,19 @@ def stepping(optimizer: Any) -> Stepping:
     return "whole"
 
 
+def updates_apart(optimizer: Any, tensor: torch.Tensor) -> bool:
+    """Whether an optimizer that steps whole matrices updates the parts of this one each by itself.
+
+    True of Megatron's Muon for a fused query, key and value weight, unless `--muon-no-split-qkv`.
+    The two methods are those of emerging-optimizers that `row_scaling` builds on.
+    """
+    splits = getattr(optimizer, "split_qkv", False) and optimizer.is_qkv_fn(tensor)
+    return bool(splits) and all(
+        callable(getattr(optimizer, method, None))
+        for method in ("pre_weight_update_fn_inplace", "_apply_weight_decay_inplace")
+    )
+
+
 def _stepped(
     optimizer: Any, start: torch.Tensor, gradients: list[torch.Tensor], pieces: Any
 ) -> torch.Tensor | None:

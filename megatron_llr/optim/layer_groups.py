@@ -14,6 +14,7 @@ import torch
 
 from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
+from megatron_llr.optim.row_scaling import RowScaling
 from megatron_llr.optim.views import FusedTensor, Part
 from megatron_llr.sharding.layout import flat_ranges
 from megatron_llr.sharding.shard import MatrixShard
@@ -52,6 +53,7 @@ class InnerGroups:
         self._base_state: Any = None
         self._pieces: list[list[dict[str, Any]]] = []
         self._viewed: list[FusedTensor] = []
+        self._row_scaling = RowScaling(optimizer, self._factors)
         self._rates: list[tuple[Any, list[torch.Tensor]]] = []
         self._register()
 
@@ -112,9 +114,10 @@ class InnerGroups:
         multipliers = {matrix: self.multipliers.get(matrix, 1.0) for matrix, _ in parts}
         if len(set(multipliers.values())) <= 1:
             return [(next(iter(multipliers.values()), 1.0), tensor)]
-        assert self.stepping != "whole", (
-            f"{type(self.optimizer).__name__} cannot step {list(multipliers)}"
-        )
+        if self.stepping == "whole":
+            assert not self.is_inseparable(tensor), f"one multiplier for {list(multipliers)}"
+            self._row_scaling.scale(tensor, parts, multipliers)
+            return [(1.0, tensor)]
         fused = self._fused.get(id(tensor))
         if fused is None or fused.is_stale():
             fused = self._fused[id(tensor)] = FusedTensor(
@@ -131,16 +134,26 @@ class InnerGroups:
     def _group(
         self, base: dict[str, Any], multiplier: float, tensors: list[torch.Tensor]
     ) -> dict[str, Any]:
+        on_rate, on_decay = self._factors(multiplier)
         # A copy where the rate is a tensor: the scheduler overwrites that in place.
-        rate = base["lr"] * (1.0 if self._on_decay else multiplier)
-        piece = {**base, "params": tensors, "lr": rate}
-        if self._on_decay:
-            piece["weight_decay"] = base.get("weight_decay", 0.0) * multiplier
-        elif self._decoupled_decay and "weight_decay" in base:
-            piece["weight_decay"] = base["weight_decay"] / multiplier
+        piece = {**base, "params": tensors, "lr": base["lr"] * on_rate}
+        if "weight_decay" in base:
+            piece["weight_decay"] = base["weight_decay"] * on_decay
         if isinstance(base.get("step"), torch.Tensor):
             piece["step"] = base["step"].clone()
         return piece
+
+    def _factors(self, multiplier: float) -> tuple[float, float]:
+        """Factors on the learning rate and on the weight decay."""
+        if self._on_decay:
+            return 1.0, multiplier
+        return multiplier, 1.0 / multiplier if self._decoupled_decay else 1.0
+
+    def is_inseparable(self, tensor: torch.Tensor) -> bool:
+        """Whether the matrices in a tensor must share one multiplier."""
+        _, parts = self.parts.get(id(tensor), (None, ()))
+        whole = self.stepping == "whole" and not self._row_scaling.takes(tensor)
+        return whole and len(parts) > 1
 
     def _lent_state(self) -> dict[Any, Any]:
         lent: dict[Any, Any] = defaultdict(dict)
@@ -182,6 +195,7 @@ class InnerGroups:
             self.optimizer.state = self._base_state
         for fused in self._viewed:
             fused.release_gradient()
+        self._row_scaling.clear()
         self._base_groups, self._base_state = [], None
         self._pieces, self._viewed, self._depth = [], [], 0
 
@@ -228,9 +242,8 @@ class LayerGroups:
         return {
             matrix: type(inner.optimizer).__name__
             for inner in self._inner
-            if inner.stepping == "whole"
-            for _, parts in inner.parts.values()
-            if len(parts) > 1
+            for master, parts in inner.parts.values()
+            if inner.is_inseparable(master.tensor)
             for matrix, _ in parts
         }
 

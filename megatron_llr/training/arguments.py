@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 from megatron_llr import host
@@ -57,7 +58,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("gtp_weight_remat_size", (1,), "--gtp-weight-remat-size"),
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
-    ("optimizer", ("adam", "sgd"), "--optimizer"),
+    ("optimizer", ("adam", "sgd", "muon", "soap", "lion"), "--optimizer"),
     ("use_precision_aware_optimizer", (False,), "--use-precision-aware-optimizer"),
     ("optimizer_cpu_offload", (False,), "--optimizer-cpu-offload"),
     ("optimizer_cuda_graph", (False,), "--optimizer-cuda-graph"),
@@ -77,11 +78,38 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("yaml_cfg", (None,), "--yaml-cfg"),
 )
 
+# Why a flag is refused, where more is to be said than that nobody has tried.
+_REASONS = {
+    "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
+    "--optimizer-cuda-graph": "layer groups come by Python hooks, which a graph records once",
+    "--optimizer-cpu-offload": "its host copies are stepped by optimizers that it rebuilds at will",
+    "--overlap-param-gather-with-optimizer-step": "it steps model chunks one by one, amid gathers",
+}
+
+# Optimizers that Megatron takes from another package.
+_EMERGING = ("muon", "soap", "lion")
+
 # What cannot go with --llr-fixed-validation, in the same form.
 _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("full_validation", (False,), "--full-validation"),
     ("multiple_validation_sets", (False,), "--multiple-validation-sets"),
 )
+
+
+def require_packages(args: Namespace) -> None:
+    """Refuse, before anything is built, what a missing optional package would do.
+
+    Raises:
+        ValueError: naming the extra to install.
+    """
+    if args.optimizer not in _EMERGING or find_spec("emerging_optimizers") is not None:
+        return
+    raise user_error(
+        f"--optimizer {args.optimizer} needs the package emerging-optimizers",
+        got="not installed",
+        allowed="emerging-optimizers 0.2 or newer",
+        remedy="pip install 'megatron-llr[muon]'",
+    )
 
 
 def refuse_unsupported(args: Namespace) -> None:
@@ -94,8 +122,9 @@ def refuse_unsupported(args: Namespace) -> None:
     for attribute, fine, flag in (*_UNSUPPORTED, *more):
         value = getattr(args, attribute, fine[0])
         if value not in fine:
+            reason = f": {_REASONS[flag]}" if flag in _REASONS else ""
             raise user_error(
-                f"{flag} is not supported yet",
+                f"{flag} is not supported yet{reason}",
                 got=f"{flag} {value}",
                 allowed=f"{flag} {' or '.join(str(choice) for choice in fine)}",
                 remedy=f"leave {flag} out, or train without this extension",

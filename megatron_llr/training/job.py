@@ -7,7 +7,12 @@ import torch.distributed as dist
 from megatron_llr import host
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.training import gpt
-from megatron_llr.training.arguments import add_llr_arguments, config_from_args, refuse_unsupported
+from megatron_llr.training.arguments import (
+    add_llr_arguments,
+    config_from_args,
+    refuse_unsupported,
+    require_packages,
+)
 from megatron_llr.training.hooks import installed, use_prebuilt_dataset_helpers
 
 
@@ -36,6 +41,7 @@ def pretrain() -> LayerwiseController:
     args = host.parse_and_validate_args(extra_args_provider=add_llr_arguments)
     config = config_from_args(args)
     refuse_unsupported(args)
+    require_packages(args)
     with installed(config) as seams:
         run_loop(args)
     assert seams.controller is not None
