@@ -40,11 +40,11 @@ pip=(.venv-te/bin/python -m pip --quiet --disable-pip-version-check)
 
 if ! built; then
     echo "building transformer_engine_torch $VERSION ($tag), once: about 15 minutes on two cores"
-    "${pip[@]}" install --no-deps "${HEADERS[@]}"
-    headers=$(printf '%s:' "$own"/nvidia/*/include "$site"/nvidia/*/include)
     mkdir -p "$cache"
     partial=$(mktemp -d "$cache/.partial-XXXX")
     trap 'rm -rf "$partial"' EXIT
+    "${pip[@]}" install --no-deps --target "$partial/headers" "${HEADERS[@]}"
+    headers=$(printf '%s:' "$partial"/headers/nvidia/*/include "$site"/nvidia/*/include)
     # CUDA_HOME: the folder that holds PyTorch's own CUDA headers, whatever else is on the machine.
     CPATH="$headers${CPATH:-}" CUDA_HOME="$site/nvidia/cu13" NVTE_FRAMEWORK=pytorch \
         NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-2}" \
@@ -52,6 +52,11 @@ if ! built; then
         "transformer_engine_torch==$VERSION"
     mv "$partial"/transformer_engine_torch-*.whl "$cache/"
 fi
+# It looks for CUDA's libraries beside itself.
+mkdir -p "$own/nvidia"
+for folder in "$site"/nvidia/*/; do
+    [[ -e $own/nvidia/$(basename "$folder") ]] || ln -s "$folder" "$own/nvidia/"
+done
 # Both or neither: half of it makes `import megatron.core` fail.
 "${pip[@]}" install --no-deps "transformer_engine==$VERSION" "transformer_engine_cu13==$VERSION" \
     "$cache"/transformer_engine_torch-*.whl

@@ -59,7 +59,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
     ("optimizer", ("adam", "sgd", "muon", "soap", "lion"), "--optimizer"),
-    ("use_precision_aware_optimizer", (False,), "--use-precision-aware-optimizer"),
     ("optimizer_cpu_offload", (False,), "--optimizer-cpu-offload"),
     ("optimizer_cuda_graph", (False,), "--optimizer-cuda-graph"),
     (
