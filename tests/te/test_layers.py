@@ -1,0 +1,66 @@
+"""Models of Transformer Engine layers: the catalog reads them, converted checkpoints load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Run, train
+from safetensors.torch import load_file
+
+from megatron_llr.convert.options import FLAGS, Options
+from megatron_llr.convert.to_hugging_face import to_hugging_face
+from megatron_llr.convert.to_megatron import to_megatron
+from tests.reference import families
+
+
+class _DoneError(Exception):
+    """Transformer Engine's layers are built and loaded on CPU, but cannot compute there."""
+
+
+@pytest.mark.parametrize("family", families.BUILDERS)
+def test_a_converted_checkpoint_loads_into_transformer_engine_layers(
+    family: str, shared_dir: Path
+) -> None:
+    """Every matrix is Hugging Face's, and what Megatron saves of it converts back to the bit."""
+    from megatron.training.checkpointing import save_checkpoint
+
+    families.save(families.build(family), shared_dir / "hf")
+    to_megatron(shared_dir / "hf", shared_dir / "megatron", Options())
+    source = load_file_all(shared_dir / "hf")
+
+    def check(run: Run) -> None:
+        kinds = {type(module).__name__ for module in run.model[0].modules()}
+        assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear"} <= kinds
+        weights = run.whole_weights(250)
+        for block in range(4):
+            prefix = f"model.layers.{block}."
+            for matrix, name in (
+                ("attention.q", "self_attn.q_proj"),
+                ("attention.v", "self_attn.v_proj"),
+                ("attention.o", "self_attn.o_proj"),
+                ("mlp.up", "mlp.up_proj"),
+            ):
+                found = weights[f"block.{block}.{matrix}"]
+                assert torch.equal(found, source[f"{prefix}{name}.weight"]), matrix
+        save_checkpoint(1, run.model, run.optimizer, run.scheduler, 0)
+        raise _DoneError
+
+    with pytest.raises(_DoneError):
+        train(
+            (shared_dir / "megatron" / FLAGS).read_text().replace("\n", " "),
+            "--transformer-impl transformer_engine --make-vocab-size-divisible-by 128",
+            f"--load {shared_dir / 'megatron'} --save {shared_dir / 'saved'} --save-interval 1",
+            tied=family == "qwen2",
+            on_built=check,
+        )
+    to_hugging_face(shared_dir / "saved", shared_dir / "back", Options())
+    back = load_file_all(shared_dir / "back")
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[name], source[name]) for name in source)
+
+
+def load_file_all(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
