@@ -15,6 +15,7 @@ MAPPINGS = (*_MAPPINGS, *(f"block-{mapping}" for mapping in _MAPPINGS))
 GRANULARITIES = ("projection", "parameter", "role", "block")
 WEIGHT_DECAYS = ("coupled", "decoupled")
 EMBEDDING_POLICIES = ("max", "one", "measured")
+SPECTRUM_SOURCES = ("model", "master")
 SPECTRA = ("exact", "sharded", "farms")
 DEVICES = ("auto", "cuda", "cpu")
 
@@ -32,6 +33,7 @@ MEANINGFUL = (
     "granularity",
     "embedding",
     "spectrum",
+    "spectrum_source",
     "depth_floor",
     "random_seed",
     "farms_rows",
@@ -123,6 +125,11 @@ class LLRConfig:
     the pooled spectra of square submatrices of the whole matrix (FARMS, arXiv 2506.06280), so that
     the exponent does not depend on its aspect ratio; dearer, the same on every layout."""
 
+    spectrum_source: str = "model"
+    """Weights that are measured. model: those that the model computes with, quantised ones
+    dequantised. master: the optimizer's fp32 copies, gathered for the measurement, which then takes
+    memory for a rank's share of them."""
+
     farms_rows: int = 2000
     """Side of the submatrices of --llr-spectrum farms, or the matrix's shorter side if less."""
 
@@ -166,6 +173,7 @@ class LLRConfig:
             "granularity": GRANULARITIES,
             "weight_decay": WEIGHT_DECAYS,
             "spectrum": SPECTRA,
+            "spectrum_source": SPECTRUM_SOURCES,
             "device": DEVICES,
         }
         for field, allowed in choices.items():

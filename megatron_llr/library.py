@@ -10,10 +10,13 @@ import torch.distributed as dist
 from megatron_llr import host
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.controller import LayerwiseController
+from megatron_llr.engine.master_weights import MasterCopies, MasterSlice
 from megatron_llr.engine.measure import SpectrumEngine
+from megatron_llr.errors import user_error
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
 from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr.optim.masters import leaf_optimizers, masters_of
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
 from megatron_llr.ranks import gather_objects, require_equal, together
@@ -42,6 +45,29 @@ def _build_layer_groups(
     )
     setattr(optimizer, _LAYER_GROUPS, groups)
     return groups
+
+
+def _master_copies(optimizer: Any) -> MasterCopies:
+    """Slices of the fp32 weights that this rank holds.
+
+    Raises:
+        ValueError: if the optimizer keeps them where nobody else can read them.
+    """
+    slices, groups = [], []
+    for leaf in leaf_optimizers(optimizer):
+        group = getattr(leaf, "data_parallel_group", None)
+        if group is not None:
+            groups.append(group)
+        for master in masters_of(leaf):
+            if master.tensor.dtype != torch.float32:
+                raise user_error(
+                    f"{flag('spectrum_source')} master needs fp32 weights in the optimizer",
+                    got=f"{master.tensor.dtype}; --use-precision-aware-optimizer hides them",
+                    allowed="the distributed optimizer, or --bf16 or --fp16 without it",
+                    remedy=f"{flag('spectrum_source')} model",
+                )
+            slices.append(MasterSlice(master.parameter, master.tensor, master.start, group))
+    return MasterCopies(tuple(slices), tuple(groups))
 
 
 def get_megatron_optimizer(
@@ -130,6 +156,9 @@ def attach(
             f"{', '.join(sorted(set(inseparable.values())))} cannot step parts of a tensor: "
             f"{len(inseparable)} fused matrices share the mean multiplier of their parameter"
         )
+    masters = None
+    if config.spectrum_source == "master":
+        masters = together(lambda: _master_copies(optimizer))
     if observer is None:
         folder = config.log_dir if dist.get_rank() == 0 else None
         observer = Observer(say=say, csv_log=CsvLog(folder) if folder else None)
@@ -137,7 +166,7 @@ def attach(
         config,
         directory,
         catalog,
-        SpectrumEngine(catalog, directory, config),
+        SpectrumEngine(catalog, directory, config, masters),
         groups,
         observer,
         inseparable=frozenset(inseparable),

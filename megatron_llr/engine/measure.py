@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron_llr.engine.exchange import (
     pool_singular_values,
     send_to_owners,
 )
+from megatron_llr.engine.master_weights import MasterCopies, MasterWeights
 from megatron_llr.ranks import raise_together
 from megatron_llr.records import EMBEDDING_IDS, Directory, SpectrumRecord, SpectrumTable
 from megatron_llr.sharding.shard import MatrixShard
@@ -73,10 +74,15 @@ class SpectrumEngine:
         shards: catalog of this rank.
         directory: all matrices of the job.
         config: `spectrum`, `estimator`, `embedding` and the windows of farms are read.
+        masters: fp32 copies to measure, instead of the model's own weights.
     """
 
     def __init__(
-        self, shards: Sequence[MatrixShard], directory: Directory, config: LLRConfig
+        self,
+        shards: Sequence[MatrixShard],
+        directory: Directory,
+        config: LLRConfig,
+        masters: MasterCopies | None = None,
     ) -> None:
         self._config = config
         wanted = [
@@ -100,6 +106,9 @@ class SpectrumEngine:
             if shard is not None and owner in shard.ranks:
                 by_group[shard.ranks].append(shard)
         self._by_group = dict(sorted(by_group.items()))
+        self._masters = (
+            None if masters is None else MasterWeights(masters, shards, directory, self.owners)
+        )
         self._error: Exception | None = None
         self._device = shards[0].parameter.device if shards else torch.device("cpu")
 
@@ -112,7 +121,7 @@ class SpectrumEngine:
         started = time.perf_counter()
         self._error = None
         owned: dict[str, Spectrum] = {}
-        for shards in self._by_group.values():
+        for shards in self._sources():
             owned.update(self._unsplit(shards))
             split = [shard for shard in shards if shard.split]
             if split:
@@ -122,6 +131,18 @@ class SpectrumEngine:
         table = self._share_records(records)
         spectra_everywhere = self._share_singular_values(owned, table)
         return Measurement(table, spectra_everywhere, time.perf_counter() - started)
+
+    def _sources(self) -> Iterator[list[MatrixShard]]:
+        """Shards of every group; over the fp32 weights where those are to be measured."""
+        if self._masters is None:
+            yield from self._by_group.values()
+            return
+        weights = self._masters.collect()
+        for shards in self._by_group.values():
+            yield [
+                replace(shard, parameter=torch.nn.Parameter(weights[id(shard.parameter)]))
+                for shard in shards
+            ]
 
     @property
     def _is_exact(self) -> bool:

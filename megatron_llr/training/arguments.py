@@ -66,7 +66,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (False,),
         "--overlap-param-gather-with-optimizer-step",
     ),
-    ("fp8_param_gather", (False,), "--fp8-param-gather"),
     ("fp4_param_gather", (False,), "--fp4-param-gather"),
     ("sft", (False,), "--sft"),
     ("fim_data", (False,), "--fim-data"),

@@ -1,16 +1,21 @@
 """The engine against plain code: no spectrum twice, sharded values pooled, padding left out."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import train
 from layouts import HERE, Layout
 
+from megatron_llr import host
 from megatron_llr.engine import measure
+from megatron_llr.optim.masters import leaf_optimizers, masters_of
 from megatron_llr.ranks import gather_objects
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.farms import farms_eigenvalues
+from tests.reference import llr as reference
 
 
 # One of each way to hold a matrix: whole, split, on another stage, stale until gathered.
@@ -120,3 +125,38 @@ def test_dry_run_prints_and_stops_with_code_0(
     found = {line[0]: line for line in lines if line and line[0].startswith("block.")}
     assert len(found) == 28
     assert found["block.3.mlp.down"][1:3] == ["down", "128x192"]
+
+
+@pytest.mark.world_size(1, 2, 4)
+@pytest.mark.parametrize("layout", HERE, ids=str)
+def test_masters_are_measured_whole(layout: Layout) -> None:
+    """--llr-spectrum-source master: exponents of the fp32 copies, assembled from their slices."""
+    if "distopt" not in layout.name and "bf16" not in layout.name:
+        pytest.skip("fp32 weights are their own masters")
+    run = train(layout.flags, "--llr-spectrum-source master --exit-interval 3")
+    measured = run.controller._engine.measure().table
+    slices = {}
+    for leaf in leaf_optimizers(run.optimizer):
+        for master in masters_of(leaf):
+            flat = master.tensor.detach().view(-1).clone()
+            slices[id(master.parameter)] = (master.start, flat)
+    # Put the fp32 copies in place of the weights, then read those whole.
+    replicas = host.process_groups(run.model).dp
+    for chunk in run.model:
+        for parameter in host.unwrap_model(chunk).parameters():
+            start, flat = slices.get(id(parameter), (0, torch.empty(0)))
+            told: list[Any] = [None] * dist.get_world_size(replicas)
+            dist.all_gather_object(told, (start, flat), group=replicas)
+            whole = torch.empty(parameter.numel())
+            for first, part in told:
+                whole[first : first + part.numel()] = part
+            parameter.data = whole.view(parameter.shape)
+    alphas, _ = reference.multipliers(run.whole_weights(), 1.0, 5.0, ("embedding", "head"))
+    for matrix, alpha in alphas.items():
+        assert measured[matrix].alpha_hill_median == pytest.approx(alpha, rel=1e-5), matrix
+    if "bf16" in layout.name:
+        weights = train(layout.flags, "--exit-interval 3").controller._engine.measure().table
+        assert any(
+            weights[matrix].alpha_hill_median != pytest.approx(alpha, rel=1e-5)
+            for matrix, alpha in alphas.items()
+        )

@@ -13,7 +13,8 @@ FLAGS = """
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-embedding
---llr-spectrum --llr-farms-rows --llr-farms-windows --llr-log-dir --llr-dry-run --llr-reset-state
+--llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows
+--llr-log-dir --llr-dry-run --llr-reset-state
 --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 

@@ -1,0 +1,60 @@
+"""Weights that Transformer Engine keeps in fp8 (--fp8-param-gather), read as what they stand for."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Float8Tensor
+from transformer_engine_torch import DType
+
+from megatron_llr import analyze_matrix
+from megatron_llr.engine.exchange import cut, read_weight
+from megatron_llr.sharding.layout import Placement, Span
+from megatron_llr.sharding.shard import MatrixShard
+
+
+def quantised(weight: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter as Transformer Engine holds it with delayed scaling: one scale, E4M3."""
+    scale = 448.0 / weight.abs().max()
+    data = (weight * scale).to(torch.float8_e4m3fn).view(torch.uint8)
+    quantizer = Float8Quantizer(
+        scale=scale.view(1), amax=torch.zeros(1), fp8_dtype=DType.kFloat8E4M3
+    )
+    tensor = Float8Tensor(
+        shape=weight.shape,
+        dtype=torch.bfloat16,
+        data=data,
+        fp8_scale_inv=scale.reciprocal().view(1),
+        fp8_dtype=DType.kFloat8E4M3,
+        quantizer=quantizer,
+        device="cpu",
+    )
+    return torch.nn.Parameter(tensor)
+
+
+def shard_of(parameter: Any, spans: tuple[Span, ...]) -> MatrixShard:
+    rows = sum(span.count for span in spans)
+    placement = Placement(spans, 0, parameter.shape[1])
+    return MatrixShard("block.0.attention.q", "block.0.attention.qkv", parameter, rows,
+                       parameter.shape[1], (placement,), (0,), None)  # fmt: skip
+
+
+def test_a_quantised_parameter_is_read_through_dequantisation() -> None:
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(2)) * 0.02
+    parameter = quantised(weight)
+    assert isinstance(parameter, Float8Tensor)
+    shard = shard_of(parameter, (Span(0, 0, 32), Span(64, 32, 32)))
+    plain = read_weight(shard)
+    assert type(plain) is torch.Tensor
+    assert plain.dtype == torch.bfloat16
+    # E4M3 has three bits of mantissa: a relative step of 2^-3, half of it by rounding.
+    assert float((plain.float() - weight).abs().max()) <= 0.0626 * float(weight.abs().max())
+    assert torch.equal(cut(shard), torch.cat([plain[:32], plain[64:]]))
+
+
+def test_its_exponent_is_near_that_of_the_weights() -> None:
+    weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(3)) * 0.02
+    found = analyze_matrix(read_weight(shard_of(quantised(weight), (Span(0, 0, 256),))))
+    exact = analyze_matrix(weight)
+    assert found.alpha_hill_median == pytest.approx(exact.alpha_hill_median, rel=2e-2)
+    assert found.alpha_hill_median != exact.alpha_hill_median
