@@ -163,9 +163,9 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         got = sorted(map(str, given)) if isinstance(given, dict) else repr(given)
         raise _wrong(path, got, f"{keys}. Always: {', '.join(_NEEDED)}")
     flags = _words(given["flags"], path, "flags")
-    missing = [flag for flag in _NEEDED_FLAGS if value_of(flags, flag) is None]
-    if missing:
-        raise _wrong(path, f"flags without {', '.join(missing)}", f"flags with {_NEEDED_FLAGS}")
+    absent = [flag for flag in _NEEDED_FLAGS if value_of(flags, flag) is None]
+    if absent:
+        raise _wrong(path, f"flags without {', '.join(absent)}", f"flags with {_NEEDED_FLAGS}")
     if not isinstance(given["policies"], dict):
         raise _wrong(path, f"policies: {given['policies']!r}", "a mapping from names to flags")
     policies = {
