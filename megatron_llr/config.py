@@ -147,7 +147,8 @@ class LLRConfig:
 
     same_start: bool = False
     """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
-    another layout begins at the same weights. Without it they are Megatron's own."""
+    another layout begins at the same weights. Without it they are Megatron's own. Of the
+    pretraining script alone, like the next."""
 
     fixed_validation: bool = False
     """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a model of arXiv 2605.22297 with layerwise learning rates. Started by examples/llama_*.sh, which
 # set its size; on several nodes once per node, by srun (examples/llama_*.sbatch) or by hand.
-#   DATA        path prefix of the .bin/.idx pair            (required)
+#   DATA        absolute path prefix of the .bin/.idx pair   (required)
 #   TOKENIZER   folder or name of a Hugging Face tokenizer   (required; the paper's: T5's)
 #   RUN         where checkpoint and logs go                 (runs/<name>)
 #   GPUS        processes per node                           (8)

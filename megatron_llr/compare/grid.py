@@ -148,9 +148,12 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
 
     Raises:
         ValueError: naming what is wrong in the file.
+        ImportError: where PyYAML is not installed.
     """
-    import yaml
-
+    try:
+        import yaml
+    except ImportError as missing:
+        raise ImportError("grids need PyYAML: pip install 'megatron-llr[compare]'") from missing
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as broken:
@@ -160,9 +163,9 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         got = sorted(map(str, given)) if isinstance(given, dict) else repr(given)
         raise _wrong(path, got, f"{keys}. Always: {', '.join(_NEEDED)}")
     flags = _words(given["flags"], path, "flags")
-    missing = [flag for flag in _NEEDED_FLAGS if value_of(flags, flag) is None]
-    if missing:
-        raise _wrong(path, f"flags without {', '.join(missing)}", f"flags with {_NEEDED_FLAGS}")
+    absent = [flag for flag in _NEEDED_FLAGS if value_of(flags, flag) is None]
+    if absent:
+        raise _wrong(path, f"flags without {', '.join(absent)}", f"flags with {_NEEDED_FLAGS}")
     if not isinstance(given["policies"], dict):
         raise _wrong(path, f"policies: {given['policies']!r}", "a mapping from names to flags")
     policies = {
@@ -187,8 +190,8 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         learning_rates=_numbers(given["learning_rates"], float, path, "learning_rates"),
         seeds=_numbers(given["seeds"], int, path, "seeds"),
         control=control,
-        min_lr_ratio=float(given.get("min_lr_ratio", 0.1)),
+        min_lr_ratio=_numbers([given.get("min_lr_ratio", 0.1)], float, path, "min_lr_ratio")[0],
         launch=_words(given.get("launch"), path, "launch"),
         script=str(given.get("script", "pretrain_gpt_llr.py")),
-        gpus_per_run=int(given.get("gpus_per_run", 1)),
+        gpus_per_run=_numbers([given.get("gpus_per_run", 1)], int, path, "gpus_per_run")[0],
     )

@@ -33,9 +33,10 @@ class _Job:
     slot: int
 
 
-def environment() -> dict[str, str]:
-    """Versions that decide what a run computes."""
+def environment(grid: Grid) -> dict[str, str]:
+    """What decides what a run computes, besides its settings: versions and the launcher."""
     found = {"megatron-llr": __version__, "python": sys.version.split()[0]}
+    found["launch"] = " ".join(grid.launch) or "one process"
     for package in ("torch", "megatron-core", "transformer-engine"):
         try:
             found[package] = metadata.version(package)
@@ -190,7 +191,7 @@ def run_grid(
         The runs that failed of something else than a loss that is not finite; they are not recorded
         as done, and the next call tries them again.
     """
-    total, versions = len(grid.runs()), environment()
+    total, versions = len(grid.runs()), environment(grid)
     begun, done, left = time.monotonic(), 0, list(waiting)
     failed: list[Run] = []
     active: list[_Job] = []

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,3 +82,33 @@ def test_an_interrupted_grid_goes_on_and_a_diverged_run_is_a_result(tmp_path: Pa
     assert done.stat().st_mtime_ns == written
     assert json.loads(done.read_text())["died_of_nan"] is False
     assert (out / "table.txt").read_text().strip() in output
+
+
+def test_the_character_data_are_split_as_published(tmp_path: Path) -> None:
+    """The first 90 % to train on, ids in the order of the alphabet, no token between."""
+    text = "To be, or not to be:\n" * 50
+    (tmp_path / "text.txt").write_text(text)
+    script = "examples/shakespeare_char/prepare.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            script,
+            str(tmp_path / "text.txt"),
+            str(tmp_path / "data"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    alphabet = sorted(set(text))
+    assert json.loads((tmp_path / "data" / "alphabet.json").read_text()) == "".join(alphabet)
+    assert f"--vocab-size {len(alphabet) + 1} " in done.stdout
+    parts = [
+        np.fromfile(tmp_path / "data" / f"{name}.bin", np.uint16) for name in ("train", "valid")
+    ]
+    assert len(parts[0]) == 945
+    assert "".join(alphabet[token] for token in np.concatenate(parts)) == text

@@ -129,6 +129,8 @@ def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
         ({"seeds": 3}, "seeds: "),
         ({"learning_rates": [0.0]}, "learning_rates: "),
         ({"learning_rates": ["fast"]}, "learning_rates: "),
+        ({"min_lr_ratio": "low"}, "min_lr_ratio: "),
+        ({"gpus_per_run": None}, "gpus_per_run: "),
     ],
 )
 def test_a_bad_grid_is_named(make_grid: MakeGrid, more: dict[str, Any], named: str) -> None:
