@@ -1,4 +1,4 @@
-"""Weights that Transformer Engine keeps in fp8 (--fp8-param-gather), read as what they stand for."""
+"""Weights that Transformer Engine keeps in fp8 (--fp8-param-gather), read as they are meant."""
 
 from typing import Any
 
