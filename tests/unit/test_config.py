@@ -12,7 +12,7 @@ FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-weight-decay --llr-embedding
---llr-spectrum --llr-log-dir --llr-dry-run --llr-reset-state --llr-device
+--llr-spectrum --llr-log-dir --llr-log-relative-update --llr-dry-run --llr-reset-state --llr-device
 """.split()
 
 
