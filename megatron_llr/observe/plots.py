@@ -108,8 +108,8 @@ def relative_update_lines(folder: Path, target: Path) -> bool:
         _role_lines(plt, axes, found[name])
         axes.set_yscale("log")
         axes.set_ylabel(label)
-        axes.set_title(f"{name.replace('_', ' ')} per role: mean, and spread over the blocks")
-    figure.savefig(target, dpi=130)
+        axes.set_title(f"{name.replace('_', ' ')} per role: mean and spread")
+    figure.savefig(target, dpi=110)
     plt.close(figure)
     return True
 
