@@ -7,7 +7,7 @@ TORCHRUN := $(PYTHON) -m torch.distributed.run
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test setup lint unit dist clean
+.PHONY: demo test setup lint unit dist gpu clean
 
 setup:
 	@tools/bootstrap.sh
@@ -38,6 +38,12 @@ dist:
 		echo "== world size $$world"; \
 		$(PYTHON) tests/torchrun.py $$world tests/dist/test_llama.py || exit 1; \
 	done
+
+# On a machine with a GPU and without a network; tools/gpu_wheels.sh gets the wheels beforehand.
+WHEELS ?= wheels
+gpu:
+	@tools/bootstrap_gpu.sh $(WHEELS)
+	@.venv-gpu/bin/python -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,6 +42,61 @@ def memory_of_views(groups: InnerGroups, apart: dict[str, float]) -> int:
     return kept
 
 
+def share_of_rank(
+    blocks: int, hidden: int, ffn: int, heads: int, device: str = "cpu"
+) -> tuple[list[torch.Tensor], dict[int, tuple[Master, tuple[Part, ...]]]]:
+    """The tensors that a rank's optimizer steps, with gradients, and the matrices in each."""
+    channels = hidden // heads
+    shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
+    shapes |= {"fc1": (2 * ffn, hidden), "down": (hidden, ffn)}
+    # Gradients are only read: one per shape stands for all blocks.
+    gradients = {name: torch.full(shape, 1e-3, device=device) for name, shape in shapes.items()}
+    layouts = {
+        "qkv": interleaved([(role, channels) for role in "qkv"], heads, 0, 3 * hidden),
+        "fc1": stacked(("gate", "up"), 2 * ffn, 0),
+    }
+    tensors: list[torch.Tensor] = []
+    parts: dict[int, tuple[Master, tuple[Part, ...]]] = {}
+    for block in range(blocks):
+        for name, shape in shapes.items():
+            tensor = torch.full(shape, 0.01, device=device)
+            tensor.grad = gradients[name]
+            spans = layouts.get(name, stacked((name,), shape[0], 0))
+            master = Master(tensor, tensor)  # type: ignore[arg-type]
+            parts[id(tensor)] = (master, tuple(parts_of(tensor, spans, block)))
+            tensors.append(tensor)
+    return tensors, parts
+
+
+def multipliers_of(groups: InnerGroups) -> dict[str, dict[str, float]]:
+    """Granularity -> multipliers that differ between all that it keeps apart."""
+    found = [parts for _, parts in groups.parts.values()]
+    matrices = [matrix for parts in found for matrix, _ in parts]
+    return {
+        "projection": {matrix: 1 + index / 1000 for index, matrix in enumerate(matrices)},
+        "parameter": {
+            matrix: 1 + index / 1000 for index, parts in enumerate(found) for matrix, _ in parts
+        },
+    }
+
+
+def time_in_turn(groups: InnerGroups, steps: int) -> dict[str, float]:
+    """Median seconds of the optimizer's step with each granularity, step by step in turn."""
+    multipliers = multipliers_of(groups)
+    on_gpu = any(tensor.is_cuda for tensor in groups.optimizer.param_groups[0]["params"])
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    spent: dict[str, list[float]] = {name: [] for name in multipliers}
+    for _ in range(steps + 1):
+        for name, found in multipliers.items():
+            groups.multipliers = found
+            wait()
+            begun = time.perf_counter()
+            groups.optimizer.step()
+            wait()
+            spent[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(found[1:]) for name, found in spent.items()}
+
+
 def main() -> None:
     """Build the share, then time both granularities side by side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -49,44 +104,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each granularity")
     given = parser.parse_args()
-    hidden, ffn, heads = given.hidden, given.ffn, given.heads
-    channels = hidden // heads
-    shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
-    shapes |= {"fc1": (2 * ffn, hidden), "down": (hidden, ffn)}
-    # Gradients are only read: one per shape stands for all blocks.
-    gradients = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
-    layouts = {
-        "qkv": interleaved([(role, channels) for role in "qkv"], heads, 0, 3 * hidden),
-        "fc1": stacked(("gate", "up"), 2 * ffn, 0),
-    }
-    tensors: list[torch.Tensor] = []
-    parts: dict[int, tuple[Master, tuple[Part, ...]]] = {}
-    for block in range(given.blocks):
-        for name, shape in shapes.items():
-            tensor = torch.full(shape, 0.01)
-            tensor.grad = gradients[name]
-            spans = layouts.get(name, stacked((name,), shape[0], 0))
-            master = Master(tensor, tensor)  # type: ignore[arg-type]
-            parts[id(tensor)] = (master, tuple(parts_of(tensor, spans, block)))
-            tensors.append(tensor)
+    tensors, parts = share_of_rank(given.blocks, given.hidden, given.ffn, given.heads)
     optimizer = GroupStepAdamW([{"params": tensors, "weight_decay": 0.1}])
     groups = InnerGroups(optimizer, parts, decoupled_decay=False)
-    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
-    apart = {matrix: 1 + index / 1000 for index, matrix in enumerate(matrices)}
-    shared = {
-        matrix: 1 + index / 1000
-        for index, (_, found) in enumerate(parts.values())
-        for matrix, _ in found
-    }
-    spent: dict[str, list[float]] = {"projection": [], "parameter": []}
-    for step in range(2 * (given.steps + 1)):
-        name = "parameter" if step % 2 else "projection"
-        groups.multipliers = apart if name == "projection" else shared
-        begun = time.perf_counter()
-        optimizer.step()
-        spent[name].append(time.perf_counter() - begun)
-    kept = memory_of_views(groups, apart)
-    seconds = {name: statistics.median(found[1:]) for name, found in spent.items()}
+    seconds = time_in_turn(groups, given.steps)
+    kept = memory_of_views(groups, multipliers_of(groups)["projection"])
     segments = sum(len(r) for _, found in parts.values() for _, r in found if len(found) > 1)
     added = seconds["projection"] - seconds["parameter"]
     elements = sum(tensor.numel() for tensor in tensors)

@@ -66,6 +66,7 @@ LLR_ARGS=(
     --llr-ramp-iters 10
     --llr-active-fraction 0.6
     --llr-log-dir "$RUN"
+    --llr-log-relative-update
 )
 
 # The full log goes to a file; the lines worth watching to the terminal.

@@ -139,6 +139,11 @@ class LLRConfig:
     log_dir: str | None = None
     """Folder for measurements.csv and learning_rates.csv; none are written without it."""
 
+    log_relative_update: bool = False
+    """At every --log-interval also log the relative update of every matrix: the norm of what the
+    update changed over the norm of the weights. Costs a copy of the weights that a rank's optimizer
+    steps (4 bytes each in fp32), for the duration of such an update."""
+
     dry_run: bool = False
     """Print every matrix with its shape, owner and starting multiplier, then stop."""
 

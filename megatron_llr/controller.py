@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_llr import state
 from megatron_llr.config import LLRConfig
 from megatron_llr.engine.measure import Measurement, SpectrumEngine
-from megatron_llr.observe.observer import Observer
+from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.summary import matrix_table, role_table
 from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, share_multipliers, targets_for
@@ -64,6 +64,8 @@ class LayerwiseController:
         self._document: dict[str, Any] | None = None
         self._alphas: dict[str, float] = {}
         self._last_measured: float | None = None
+        if config.log_relative_update:
+            layer_groups.record_updates(catalog)
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -145,17 +147,22 @@ class LayerwiseController:
             saved = self._document["alphas"]
             self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
         self._layer_groups.set_multipliers(self.multipliers)
+        self._layer_groups.arm(record=self._logged(self.next_update))
 
     def after_update(self) -> None:
         """Count a successful update; measure if one is due. Enter on all ranks."""
         assert self._schedule is not None, "prepare() must come before after_update()"
         done, self.next_update = self.next_update, self.next_update + 1
-        if done % self._observer.log_interval == 0:
+        if self._logged(done):
             self._observe_rates(done)
         if self._schedule.due(self.next_update):
             self._measure()
         if not self._schedule.settled(self.next_update):
             self._layer_groups.set_multipliers(self.multipliers)
+        self._layer_groups.arm(record=self._logged(self.next_update))
+
+    def _logged(self, update: int) -> bool:
+        return update % self._observer.log_interval == 0
 
     def _measure(self) -> None:
         """Measure before the next update, and hand its targets to the schedule."""
@@ -215,18 +222,23 @@ class LayerwiseController:
             )
 
     def _observe_rates(self, done: int) -> None:
-        """Learning rates that update `done` used, and norms after it: one all-reduce."""
+        """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
         assert self._schedule is not None
         used = self._schedule.multipliers(done)
         matrices = list(self.directory)
         sums = self._layer_groups.local_sums(self._catalog, matrices, self._device)
         dist.all_reduce(sums)
-        rates: dict[str, tuple[float, float, float]] = {}
-        for matrix, (squares, count, weighted_rate) in zip(matrices, sums.tolist(), strict=True):
+        rates: dict[str, MatrixRates] = {}
+        for matrix, (squares, count, weighted_rate, changes, recorded) in zip(
+            matrices, sums.tolist(), strict=True
+        ):
             # Replicas bring equal shares: the ratio of element counts is their number.
             norm = (squares * self.directory[matrix].numel / count) ** 0.5 if count else 0.0
             factor = used[matrix] if self._on_rate else 1.0
             rate = weighted_rate / count * factor if count else math.nan
             effective = rate / norm if norm > 0 else math.nan
-            rates[matrix] = (used[matrix], rate, effective)
+            # The number of replicas cancels; what was recorded in part alone says nothing.
+            known = count and recorded == count
+            relative = (changes / squares) ** 0.5 if known and squares != 0 else None
+            rates[matrix] = MatrixRates(used[matrix], rate, effective, relative)
         self._observer.stepped(done, rates)

@@ -3,7 +3,8 @@
 Usage: python tools/report_run.py RUN_DIR
 
 Reads measurements.csv and learning_rates.csv (--llr-log-dir) and, if there are any, the TensorBoard
-events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside them.
+events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside them, and
+relative_updates.png if the run was given --llr-log-relative-update.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> int:
         rows = plots.last_measurement(folder)
         plots.multiplier_map(folder, folder / "multipliers.png")
         plots.learning_rate_lines(folder, folder / "learning_rates.png")
+        plots.relative_update_lines(folder, folder / "relative_updates.png")
     except (OSError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

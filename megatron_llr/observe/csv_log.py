@@ -28,17 +28,28 @@ MEASUREMENT_FIELDS = (
     "fit_distance",
     "target_multiplier",
 )
-RATE_FIELDS = ("iteration", "matrix", "multiplier", "learning_rate", "effective_learning_rate")
+RATE_FIELDS = (
+    "iteration",
+    "matrix",
+    "multiplier",
+    "learning_rate",
+    "effective_learning_rate",
+    "relative_update",
+)
 
 
 def _keep(path: Path, fields: tuple[str, ...], last_iteration: int) -> None:
-    """Rewrite a CSV with its header and the rows up to an iteration; a torn last row is dropped."""
+    """Rewrite a CSV with its header and the rows up to an iteration; a torn last row is dropped.
+
+    Columns that an earlier version did not write stay empty in its rows.
+    """
     kept: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                whole = tuple(row) == fields and None not in row.values()
-                if whole and row["iteration"].isdigit() and int(row["iteration"]) <= last_iteration:
+                whole = set(row) <= set(fields) and None not in row.values()
+                number = row.get("iteration") or ""
+                if whole and number.isdigit() and int(number) <= last_iteration:
                     kept.append(row)
     beside = path.with_suffix(".csv.part")
     with beside.open("w", newline="") as file:
@@ -118,8 +129,13 @@ class CsvLog:
         np.savez(beside, **arrays)
         os.replace(beside, self.spectra)
 
-    def write_rates(self, iteration: int, rows: Iterable[tuple[str, float, float, float]]) -> None:
-        """Rows of (matrix, multiplier, learning rate, effective learning rate) of one update."""
+    def write_rates(
+        self, iteration: int, rows: Iterable[tuple[str, float, float, float, float | None]]
+    ) -> None:
+        """Rows of one update: matrix, multiplier, learning rate, effective rate, relative update.
+
+        A relative update that was not recorded is None, and its cell empty.
+        """
         _append(
             self.rates,
             RATE_FIELDS,

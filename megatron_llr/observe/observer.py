@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.summary import by_role
@@ -10,8 +10,21 @@ from megatron_llr.records import Directory, SpectrumTable, block_of, role_of
 
 logger = logging.getLogger(__name__)
 
-Rates = Mapping[str, tuple[float, float, float]]
-"""Matrix id -> (multiplier, learning rate, effective learning rate) of one update."""
+
+class MatrixRates(NamedTuple):
+    """What one update did to one matrix.
+
+    Attributes:
+        multiplier: factor on the base learning rate.
+        learning_rate: the rate that the update used.
+        effective_learning_rate: that rate over the Frobenius norm of the weights after it.
+        relative_update: norm of what the update changed over the same norm; None if not recorded.
+    """
+
+    multiplier: float
+    learning_rate: float
+    effective_learning_rate: float
+    relative_update: float | None = None
 
 
 class ScalarWriter(Protocol):
@@ -80,15 +93,15 @@ class Observer:
         self._scalars("llr/alpha_hill_median", alphas, iteration)
         self._scalars("llr/target_multiplier", targets, iteration)
 
-    def stepped(self, iteration: int, rates: Rates) -> None:
-        """Record the learning rates that update `iteration` used."""
+    def stepped(self, iteration: int, rates: Mapping[str, MatrixRates]) -> None:
+        """Record the learning rates that update `iteration` used, and how far it went."""
         if self._csv is not None:
             rows = [(matrix, *values) for matrix, values in rates.items()]
             self._guarded(lambda csv_log: csv_log.write_rates(iteration, rows))
-        names = ("multiplier", "learning_rate", "effective_learning_rate")
-        for column, name in enumerate(names):
-            values = {matrix: value[column] for matrix, value in rates.items()}
-            self._scalars(f"llr/{name}", values, iteration)
+        for name in MatrixRates._fields:
+            values = {matrix: getattr(found, name) for matrix, found in rates.items()}
+            known = {matrix: value for matrix, value in values.items() if value is not None}
+            self._scalars(f"llr/{name}", known, iteration)
 
     def _guarded(self, write: Callable[[CsvLog], None]) -> None:
         """A log that cannot be written is no reason to lose a training run."""

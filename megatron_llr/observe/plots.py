@@ -2,10 +2,11 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.records import ROLES
+from megatron_llr.records import ROLES, role_of
 
 
 def pyplot() -> Any:
@@ -83,24 +84,62 @@ def learning_rate_lines(folder: Path, target: Path) -> None:
         role = row["matrix"].rsplit(".", 1)[-1]
         rates[role][int(row["iteration"])].append(float(row["learning_rate"]))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    _role_lines(plt, axes, rates)
+    axes.set_ylabel("learning rate")
+    axes.set_title("learning rate per role: mean, and spread over the blocks")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def relative_update_lines(folder: Path, target: Path) -> bool:
+    """Relative update over the updates beside the effective learning rate, a line per role each.
+
+    Returns:
+        False, and draws nothing, if the run recorded no relative updates.
+    """
+    names = {"relative_update": "‖ΔW‖ / ‖W‖", "effective_learning_rate": "learning rate / ‖W‖"}
+    found = {name: _by_role(read_rows(folder / "learning_rates.csv"), name) for name in names}
+    if not found["relative_update"]:
+        return False
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        _role_lines(plt, axes, found[name])
+        axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.set_title(f"{name.replace('_', ' ')} per role: mean and spread")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _by_role(rows: list[dict[str, str]], column: str) -> dict[str, dict[int, list[float]]]:
+    """Role -> update -> the positive values of a column, which may be missing or empty."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        value = float(row.get(column) or "nan")
+        # 0 (a warmup that begins there) has no place on a logarithmic axis.
+        if value > 0:
+            found[role_of(row["matrix"])][int(row["iteration"])].append(value)
+    return found
+
+
+def _role_lines(plt: Any, axes: Any, values: Mapping[str, Mapping[int, list[float]]]) -> None:
+    """A line per role through the means, a band from smallest to largest."""
     colours = plt.get_cmap("tab10")
-    for index, role in enumerate(sorted(rates, key=_role_rank)):
-        updates = sorted(rates[role])
-        found = [rates[role][update] for update in updates]
-        means = [sum(values) / len(values) for values in found]
+    for index, role in enumerate(sorted(values, key=_role_rank)):
+        updates = sorted(values[role])
+        found = [values[role][update] for update in updates]
+        means = [sum(each) / len(each) for each in found]
         axes.plot(updates, means, label=role, color=colours(index % 10), linewidth=1.6)
         axes.fill_between(
             updates,
-            [min(values) for values in found],
-            [max(values) for values in found],
+            [min(each) for each in found],
+            [max(each) for each in found],
             color=colours(index % 10),
             alpha=0.15,
             linewidth=0,
         )
     axes.set_xlabel("update")
-    axes.set_ylabel("learning rate")
-    axes.set_title("learning rate per role: mean, and spread over the blocks")
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.legend(ncols=2, fontsize=8)
-    figure.savefig(target, dpi=130)
-    plt.close(figure)

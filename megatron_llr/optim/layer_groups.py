@@ -15,6 +15,7 @@ import torch
 from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
 from megatron_llr.optim.row_scaling import RowScaling
+from megatron_llr.optim.updates import UpdateRecorder, square_sum
 from megatron_llr.optim.views import FusedTensor, Part
 from megatron_llr.sharding.layout import flat_ranges
 from megatron_llr.sharding.shard import MatrixShard
@@ -45,6 +46,7 @@ class InnerGroups:
         self.multipliers: Mapping[str, float] = {}
         self.stepping = stepping(optimizer)
         self.parts = parts
+        self.recorder: UpdateRecorder | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
         self._fused: dict[int, FusedTensor] = {}
@@ -65,11 +67,18 @@ class InnerGroups:
         inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
         unguarded = inner.step
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return unguarded(*args, **kwargs)
             finally:
                 self._restore()
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.recorder is None:
+                return guarded(*args, **kwargs)
+            # Around all hooks, since other post-hooks may copy weights back.
+            with self.recorder.around_step():
+                return guarded(*args, **kwargs)
 
         # torch runs no post-hook when a step raises; this restores the groups even then.
         inner.step = step
@@ -252,11 +261,32 @@ class LayerGroups:
         for inner in self._inner:
             inner.multipliers = dict(multipliers)
 
+    def record_updates(self, shards: Sequence[MatrixShard]) -> None:
+        """Make ready to record what a step changes; rows that the catalog leaves out do not count.
+
+        Args:
+            shards: catalog of this rank, as `local_sums` gets it.
+        """
+        by_parameter = _by_parameter(shards)
+        for inner in self._inner:
+            inner.recorder = UpdateRecorder(
+                [
+                    (master, _parts(master, by_parameter[id(master.parameter)]))
+                    for master, _ in inner.parts.values()
+                ]
+            )
+
+    def arm(self, *, record: bool) -> None:
+        """Whether the next step is recorded; `record_updates` comes first."""
+        for inner in self._inner:
+            if inner.recorder is not None:
+                inner.recorder.armed = record
+
     @torch.no_grad()
     def local_sums(
         self, shards: Sequence[MatrixShard], matrices: Sequence[str], device: torch.device
     ) -> torch.Tensor:
-        """What this rank knows of norms and rates, to be summed over the job.
+        """What this rank knows of norms, rates and updates, to be summed over the job.
 
         Replicas bring equal shares, so sums over all ranks divided by the summed number of elements
         are exact whatever is sharded or replicated.
@@ -267,12 +297,14 @@ class LayerGroups:
             device: where the result is to lie.
 
         Returns:
-            [len(matrices), 3] fp64: sum of squares, number of elements, and number of elements
-            times the base learning rate of the last step.
+            [len(matrices), 5] fp64: sum of squares, number of elements, number of elements times
+            the base learning rate of the last step, sum of squares of what that step changed, and
+            number of elements whose change was recorded.
         """
         index = {matrix: row for row, matrix in enumerate(matrices)}
-        sums = torch.zeros(len(matrices), 3, dtype=torch.float64)
-        rows, squares = [], []
+        sums = torch.zeros(len(matrices), 5, dtype=torch.float64)
+        cells: list[tuple[int, int]] = []
+        squares: list[torch.Tensor] = []
         by_parameter = _by_parameter(shards)
         for inner in self._inner:
             rates = inner.base_rates()
@@ -283,12 +315,15 @@ class LayerGroups:
                     count = sum(last - first for first, last in ranges)
                     sums[index[matrix], 1] += count
                     sums[index[matrix], 2] += count * rate
-                    for first, last in ranges:
-                        norm = torch.linalg.vector_norm(flat[first:last], dtype=torch.float64)
-                        squares.append(norm.square())
-                        rows.append(index[matrix])
-        if rows:
-            sums[:, 0].index_add_(0, torch.tensor(rows), torch.stack(squares).cpu())
+                    squares.append(square_sum(flat, ranges))
+                    cells.append((index[matrix], 0))
+            for matrix, count, changed in inner.recorder.take() if inner.recorder else ():
+                sums[index[matrix], 4] += count
+                squares.append(changed)
+                cells.append((index[matrix], 3))
+        if cells:
+            rows, columns = torch.tensor(cells).unbind(1)
+            sums.index_put_((rows, columns), torch.stack(squares).cpu(), accumulate=True)
         return sums.to(device)
 
 

@@ -20,7 +20,8 @@ _WINDOW_BELOW, _WINDOW_ABOVE = 0.95, 1.5
 def _exponents(eigenvalues: torch.Tensor) -> torch.Tensor:
     """Exponent for every tail start; NaN or inf where a tail is degenerate. [N] -> [N]."""
     logs = eigenvalues.log()
-    tail_sums = logs.flip(0).cumsum(0).flip(0)
+    # On a GPU a running sum is refused by torch's deterministic mode (--deterministic-mode).
+    tail_sums = logs.flip(0).cpu().cumsum(0).to(logs.device).flip(0)
     members = torch.arange(logs.numel(), 0, -1, dtype=logs.dtype, device=logs.device)
     return 1 + members / (tail_sums - members * logs)
 

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,10 +75,21 @@ class Run:
             for name, parameter in host.unwrap_model(chunk).named_parameters()
         }
 
-    def whole_weights(self, vocab_size: int = VOCAB_SIZE) -> dict[str, torch.Tensor]:
-        """Every logical matrix of the model, whole, on every rank."""
+    def whole_weights(
+        self,
+        vocab_size: int = VOCAB_SIZE,
+        instead: Mapping[int, torch.nn.Parameter] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Every logical matrix of the model, whole, on every rank.
+
+        Args:
+            vocab_size: rows of embedding and head that count.
+            instead: id of a parameter -> one of its shape whose values are taken.
+        """
         found: dict[str, torch.Tensor] = {}
         for shard in build_catalog(self.model, vocab_size=vocab_size):
+            if instead is not None:
+                shard = replace(shard, parameter=instead[id(shard.parameter)])
             pieces: list[Any] = [None] * len(shard.ranks)
             dist.all_gather_object(pieces, cut(shard).contiguous().reshape(-1), group=shard.group)
             parts = zip(pieces, shard.placements, strict=True)

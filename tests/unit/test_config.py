@@ -14,7 +14,7 @@ FLAGS = """
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-embedding
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows
---llr-log-dir --llr-dry-run --llr-reset-state
+--llr-log-dir --llr-log-relative-update --llr-dry-run --llr-reset-state
 --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.layer_groups import InnerGroups, LayerGroups
 from megatron_llr.optim.masters import Master
+from megatron_llr.optim.updates import UpdateRecorder
 from megatron_llr.optim.views import windows
 from megatron_llr.runtime.cpu_adam import GroupStepAdamW
 from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved
@@ -251,6 +252,47 @@ def test_weight_decay_scales_with_the_multiplier_or_does_not(decoupled: bool) ->
             assert flat[first:last].tolist() == pytest.approx(
                 [1 - 0.01 * 0.1 * factor] * (last - first), rel=1e-12
             )
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_a_step_changes_is_recorded_per_matrix(kind: str) -> None:
+    """Without layer groups (before the first multipliers), with them, and only when armed."""
+    tensor = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
+    optimizer = OPTIMIZERS[kind]([{"params": [tensor]}])
+    groups = fused_groups(optimizer, tensor, RANGES)
+    groups.recorder = UpdateRecorder(list(groups.parts.values()))
+    for armed, multipliers in ((False, {}), (True, {}), (True, MULTIPLIERS), (False, MULTIPLIERS)):
+        groups.recorder.armed, groups.multipliers = armed, multipliers
+        tensor.grad = torch.ones(8, 6)
+        before = tensor.detach().double().view(-1).clone()
+        optimizer.step()
+        moved = tensor.detach().double().view(-1) - before
+        found = {matrix: (count, float(sum_)) for matrix, count, sum_ in groups.recorder.take()}
+        assert groups.recorder.take() == []
+        expected = {
+            matrix: (
+                sum(last - first for first, last in ranges),
+                pytest.approx(sum(float(moved[a:b].square().sum()) for a, b in ranges), rel=1e-5),
+            )
+            for matrix, ranges in RANGES.items()
+        }
+        assert found == (expected if armed else {})
+
+
+def test_a_failing_step_leaves_no_record() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("boom")
+
+    tensor = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = Broken([tensor], lr=0.1)
+    groups = fused_groups(optimizer, tensor, RANGES)
+    groups.multipliers = {}
+    groups.recorder = UpdateRecorder(list(groups.parts.values()))
+    groups.recorder.armed = True
+    with pytest.raises(RuntimeError, match="boom"):
+        optimizer.step()
+    assert groups.recorder.take() == []
 
 
 class WholeMatrix(torch.optim.Optimizer):
