@@ -7,7 +7,7 @@ TORCHRUN := $(PYTHON) -m torch.distributed.run
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test setup lint unit dist gpu clean
+.PHONY: demo test test-te setup lint unit dist gpu clean
 
 setup:
 	@tools/bootstrap.sh
@@ -25,7 +25,7 @@ lint:
 	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh .ci/run
 
 unit:
-	$(PYTHON) -m pytest -q --ignore tests/dist tests
+	$(PYTHON) -m pytest -q --ignore tests/dist --ignore tests/te tests
 
 # One launch per world size; a test runs in those that it names. Three data-parallel replicas matter to
 # where shards are cut alone.
@@ -44,6 +44,11 @@ WHEELS ?= wheels
 gpu:
 	@tools/bootstrap_gpu.sh $(WHEELS)
 	@.venv-gpu/bin/python -m benchmarks.gpu $(GPU_ARGS)
+
+# With Transformer Engine's real classes, in an environment of their own; builds it once.
+test-te: setup
+	@tools/bootstrap_te.sh
+	.venv-te/bin/python -m pytest -q tests/te
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 
 from megatron_llr.errors import user_error
+from megatron_llr.packages import check_transformer_engine
 
 # The loop, the optimizer wrappers and the checkpoint layout that this package was tried on.
 SUPPORTED = (Version("0.19"), Version("0.20"))
@@ -37,6 +38,7 @@ def check_version() -> None:
 
 
 check_version()
+check_transformer_engine()
 
 import megatron.core.datasets.utils as datasets_utils  # noqa: E402
 import megatron.training.training as training_module  # noqa: E402

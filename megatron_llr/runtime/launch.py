@@ -7,6 +7,7 @@ import torch
 
 from megatron_llr.config import DEVICES
 from megatron_llr.errors import user_error
+from megatron_llr.packages import check_transformer_engine
 
 _FLAG = "--llr-device"
 
@@ -66,7 +67,11 @@ def prepare_device(arguments: list[str]) -> list[str]:
 
     Returns:
         The arguments that Megatron is to parse.
+
+    Raises:
+        ValueError: see `wanted_device`; also where Transformer Engine is installed by half.
     """
+    check_transformer_engine()
     if wanted_device(arguments) == "cuda":
         return arguments
     from megatron_llr.runtime import cpu

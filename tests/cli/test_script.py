@@ -108,3 +108,21 @@ def test_with_a_gpu_the_cpu_module_is_never_imported(gpus: bool, loaded: bool) -
 
 def test_the_script_holds_no_logic() -> None:
     assert len((ROOT / "pretrain_gpt_llr.py").read_text().splitlines()) < 120
+
+
+def test_half_of_transformer_engine_is_explained(tmp_path: Path) -> None:
+    """Its Python package alone: one line, before megatron's own import fails on it."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise FileNotFoundError('so')")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "pretrain_gpt_llr.py", "--llr-device", "cpu"],
+        cwd=ROOT,
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode != 0
+    assert "Transformer Engine is installed by half" in process.stderr
+    assert "transformer_engine_torch" in process.stderr
