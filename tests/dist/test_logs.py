@@ -75,7 +75,8 @@ def test_the_files_say_what_happened(shared_dir: Path) -> None:
 
 
 def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
-    train(FLAGS, f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4")
+    flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --llr-log-relative-update"
+    train(FLAGS, flags)
 
     def check() -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,6 +87,8 @@ def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
         assert {
             "llr/multiplier/q/block_000",
             "llr/learning_rate-by-role/up/mean",
+            "llr/relative_update-by-role/up/mean",
+            "llr/relative_update/v/block_001",
             "llr/alpha_hill_median/down/block_003",
             "llr/target_multiplier/head",
         } <= tags
@@ -97,7 +100,7 @@ def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
 
 @pytest.mark.world_size(1, 2)
 def test_a_resumed_run_cuts_the_rows_that_it_writes_again(shared_dir: Path) -> None:
-    log = f"--llr-log-dir {shared_dir / 'log'}"
+    log = f"--llr-log-dir {shared_dir / 'log'} --llr-log-relative-update"
     train(FLAGS, log, f"--save {shared_dir / 'ckpt'} --save-interval 3")
     before: dict[str, list[dict[str, Any]]] = {}
 
