@@ -15,6 +15,8 @@ OPTIMIZERS = {
     1: {
         "muon": ("--optimizer muon", True, False),
         "muon-bf16": ("--optimizer muon --bf16", True, False),
+        # Gloo cannot gather what the layer-wise optimizer cuts over several replicas.
+        "muon-layer-wise": ("--optimizer muon --bf16 --use-distributed-optimizer", True, False),
         "muon-unsplit": ("--optimizer muon --muon-no-split-qkv", False, False),
         "muon-lion": ("--optimizer muon --muon-scalar-optimizer lion", True, False),
         "soap": ("--optimizer soap", False, False),
