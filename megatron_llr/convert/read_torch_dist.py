@@ -47,6 +47,16 @@ def iteration_folder(root: Path, iteration: str | None = None) -> Path:
     return folder
 
 
+def unreadable(what: str, broken: BaseException) -> ValueError:
+    """The error of a checkpoint that is damaged."""
+    return user_error(
+        f"cannot read {what}",
+        got=f"{type(broken).__name__}: {str(broken).splitlines()[-1] if str(broken) else ''}",
+        allowed="a whole torch_dist checkpoint",
+        remedy="copy it anew, or take an earlier one with --iteration",
+    )
+
+
 class _Fetch(LoadPlanner):
     """Copies the pieces of one read into one tensor."""
 
@@ -85,12 +95,7 @@ class TorchDistReader:
         try:
             self._metadata = self._storage.read_metadata()
         except Exception as broken:
-            raise user_error(
-                f"cannot read the index of {folder}",
-                got=f"{type(broken).__name__}: {broken}",
-                allowed="a whole torch_dist checkpoint",
-                remedy="take an earlier one with --iteration",
-            ) from broken
+            raise unreadable(f"the index of {folder}", broken) from broken
         self._check_files()
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -165,10 +170,5 @@ class TorchDistReader:
         try:
             self._storage.read_data(LoadPlan(items), _Fetch(target)).wait()
         except Exception as broken:
-            raise user_error(
-                f"cannot read {place} of {self.folder}",
-                got=f"{type(broken).__name__}: {broken}",
-                allowed="a whole torch_dist checkpoint",
-                remedy="copy it anew, or take an earlier one with --iteration",
-            ) from broken
+            raise unreadable(f"{place} of {self.folder}", broken) from broken
         return target if index is None else target[0]

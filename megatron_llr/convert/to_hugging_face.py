@@ -17,7 +17,7 @@ from megatron_llr.convert.families import Family, family_for
 from megatron_llr.convert.hugging_face import CONFIG, Shards, carry_files, dtype_name
 from megatron_llr.convert.links import LAYER_PREFIX, Link, links_of
 from megatron_llr.convert.options import HUGGING_FACE, STATE, Options
-from megatron_llr.convert.read_torch_dist import TorchDistReader, iteration_folder
+from megatron_llr.convert.read_torch_dist import TorchDistReader, iteration_folder, unreadable
 from megatron_llr.convert.report import Report
 from megatron_llr.errors import user_error
 from megatron_llr.files import require_space, staged_folder
@@ -50,12 +50,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
     try:
         return dict(host.load_common_state_dict(str(folder)))
     except (Exception, CheckpointException) as broken:
-        raise user_error(
-            f"cannot read the settings saved in {folder}",
-            got=str(broken).splitlines()[-1],
-            allowed="a whole torch_dist checkpoint",
-            remedy="copy it anew, or take an earlier one with --iteration",
-        ) from broken
+        raise unreadable(f"the settings saved in {folder}", broken) from broken
 
 
 def _carried_config(folder: Path, options: Options) -> Path | None:

@@ -1,5 +1,6 @@
 """Weights that Transformer Engine keeps in fp8 (--fp8-param-gather), read as they are meant."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -58,3 +59,25 @@ def test_its_exponent_is_near_that_of_the_weights() -> None:
     exact = analyze_matrix(weight)
     assert found.alpha_hill_median == pytest.approx(exact.alpha_hill_median, rel=2e-2)
     assert found.alpha_hill_median != exact.alpha_hill_median
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("float8_tensor", "Float8Tensor"),
+        ("mxfp8_tensor", "MXFP8Tensor"),
+        ("float8_blockwise_tensor", "Float8BlockwiseQTensor"),
+        ("nvfp4_tensor", "NVFP4Tensor"),
+    ],
+)
+def test_every_kind_of_quantised_tensor_is_dequantised(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatch alone: the arithmetic of the newer kinds needs a GPU."""
+    kinds = importlib.import_module(f"transformer_engine.pytorch.tensor.{module}")
+    kind = getattr(kinds, name)
+    parameter = torch.Tensor._make_wrapper_subclass(kind, (4, 6), dtype=torch.bfloat16)
+    meant = torch.arange(24.0).view(4, 6)
+    monkeypatch.setattr(kind, "detach", lambda self: self)
+    monkeypatch.setattr(kind, "dequantize", lambda self: meant)
+    assert torch.equal(cut(shard_of(parameter, (Span(1, 0, 2),))), meant[1:3])

@@ -1,0 +1,181 @@
+"""Every way in which a conversion's input or output can be bad: one line, and nothing left."""
+
+import json
+import os
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_llr.convert import command, settings
+from megatron_llr.convert.links import links_of
+from megatron_llr.convert.options import HUGGING_FACE, Options
+from megatron_llr.convert.to_hugging_face import to_hugging_face
+from megatron_llr.convert.to_megatron import to_megatron
+from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
+from tests.unit.conversion import limited, tensors
+
+
+@pytest.fixture
+def llama(models: Path, tmp_path: Path) -> Path:
+    """A copy of the LLaMA that a test may spoil."""
+    return Path(shutil.copytree(models / "llama", tmp_path / "llama"))
+
+
+def spoil_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def spoil_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Change or drop a tensor, in a folder that is rewritten as one file."""
+    held = tensors(folder)
+    for file in folder.glob("model*safetensors*"):
+        file.unlink()
+    held.pop(name, None)
+    if tensor is not None:
+        held[name] = tensor
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+BAD_MODELS = {
+    "truncated": (lambda f: truncate(sorted(f.glob("*.safetensors"))[1]), "cannot read .*00002"),
+    "no-shard": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "cannot read .*00002"),
+    "no-weights": (lambda f: [p.unlink() for p in f.glob("model*")], "no weights in"),
+    "no-tensor": (lambda f: spoil_tensor(f, "model.norm.weight", None), "no model.norm.weight"),
+    "shape": (
+        lambda f: spoil_tensor(f, "model.norm.weight", torch.ones(64)),
+        r"model.norm.weight contradicts config.json: got \[64\]; allowed: \[128\]",
+    ),
+    "extra": (
+        lambda f: spoil_tensor(f, "model.layers.0.mlp.router.weight", torch.ones(2, 2)),
+        "tensors that the llama table does not name: got model.layers.0.mlp.router.weight",
+    ),
+    "quantised": (
+        lambda f: spoil_tensor(f, "model.norm.weight", torch.ones(128, dtype=torch.int8)),
+        "not stored as plain floating-point",
+    ),
+    "mixed": (
+        lambda f: spoil_tensor(
+            f, "model.layers.2.mlp.down_proj.weight", torch.ones(128, 192).bfloat16()
+        ),
+        "differ in dtype: got float32 and bfloat16.*--dtype",
+    ),
+    "family": (lambda f: spoil_config(f, model_type="gpt2"), "no table for this architecture"),
+    "config": (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
+    "activation": (lambda f: spoil_config(f, hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "bias": (lambda f: spoil_config(f, attention_bias=True), "attention_bias = True"),
+    "rope": (
+        lambda f: spoil_config(
+            f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        "scales its rotary frequencies",
+    ),
+    "layers": (lambda f: spoil_config(f, num_hidden_layers=5), "no model.layers.4"),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_MODELS)
+def test_a_bad_hugging_face_folder_is_refused(
+    spoil: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the trouble, exit code 1, and nothing left behind."""
+    change, expected = BAD_MODELS[spoil]
+    change(llama)
+    assert command.main([str(llama), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("megatron_llr: ")
+    assert re.search(expected, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def piece_file(folder: Path) -> Path:
+    return next((folder / "release").glob("*.distcp"))
+
+
+BAD_CHECKPOINTS = {
+    "truncated": (lambda f: truncate(piece_file(f)), "is cut short"),
+    "no-file": (lambda f: piece_file(f).unlink(), "is missing"),
+    "no-index": (lambda f: (f / "release/.metadata").unlink(), "cannot read the index"),
+    "broken-index": (lambda f: truncate(f / "release/.metadata"), "cannot read the index"),
+    "unfinished": (lambda f: (f / "release/metadata.json").unlink(), "no Megatron checkpoint in"),
+    "other-format": (
+        lambda f: (f / "release/metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        "says zarr",
+    ),
+    "no-tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "iter_0000000"),
+    "config": (
+        lambda f: spoil_config(f / HUGGING_FACE, num_attention_heads=8, head_dim=16),
+        "contradicts the checkpoint: got heads 8 there, 4 in the checkpoint",
+    ),
+    "damaged": (
+        lambda f: piece_file(f).write_bytes(bytes(piece_file(f).stat().st_size)),
+        "cannot read the settings saved in",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_CHECKPOINTS)
+def test_a_bad_megatron_checkpoint_is_refused(
+    spoil: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, expected = BAD_CHECKPOINTS[spoil]
+    to_megatron(models / "llama", tmp_path / "megatron", Options())
+    change(tmp_path / "megatron")
+    assert command.main([str(tmp_path / "megatron"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert expected in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_refused(models: Path, tmp_path: Path) -> None:
+    """Weights that no table names are told, not dropped."""
+    family, model = settings.from_config(models / "llama" / "config.json")
+    pieces = [
+        Piece(link.key, link.layer, link.shape, model.layers, torch.float32)
+        for link in links_of(family, model, 250)
+    ]
+    extra = "decoder.layers.mlp.router.weight"
+    pieces += [Piece(extra, layer, (8, 128), model.layers, torch.float32) for layer in range(4)]
+    folder = tmp_path / "iter_0000007"
+    folder.mkdir()
+    common = {"args": Namespace(**settings.to_args(model, 250))}
+    write_torch_dist(
+        folder,
+        pieces,
+        lambda piece: torch.zeros(piece.shape),
+        {"common_state/shard_0_1": common},
+    )
+    with pytest.raises(ValueError, match=f"no table names: got {extra}"):
+        to_hugging_face(tmp_path, tmp_path / "out", Options(iteration="7"))
+    mla = Namespace(**{**settings.to_args(model, 250), "multi_latent_attention": True})
+    with pytest.raises(ValueError, match="multi_latent_attention = True"):
+        settings.from_args(mla, 250)
+
+
+def test_an_existing_output_is_refused_and_kept(models: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").touch()
+    assert command.main([str(models / "llama"), str(target)]) == 1
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    assert command.main([str(models / "nowhere"), str(tmp_path / "other")]) == 1
+
+
+def test_a_full_disk_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    """Writing fails half-way, in both directions."""
+    to_megatron(models / "llama", tmp_path / "megatron", Options())
+    for source in (models / "llama", tmp_path / "megatron"):
+        run = limited("file", 1_000_000, source, tmp_path / "out")
+        assert run.returncode == 1, run.stderr
+        assert "cannot write in" in run.stderr
+        assert "nothing was left there" in run.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
