@@ -33,18 +33,24 @@ def quantised(weight: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor)
 
 
-def shard_of(parameter: Any, spans: tuple[Span, ...]) -> MatrixShard:
-    rows = sum(span.count for span in spans)
-    placement = Placement(spans, 0, parameter.shape[1])
-    return MatrixShard("block.0.attention.q", "block.0.attention.qkv", parameter, rows,
-                       parameter.shape[1], (placement,), (0,), None)  # fmt: skip
+def shard_of(parameter: Any, spans: tuple[Span, ...], columns: int) -> MatrixShard:
+    return MatrixShard(
+        matrix="block.0.attention.q",
+        cluster="block.0.attention.qkv",
+        parameter=parameter,
+        rows=sum(span.count for span in spans),
+        columns=columns,
+        placements=(Placement(spans, 0, columns),),
+        ranks=(0,),
+        group=None,
+    )
 
 
 def test_a_quantised_parameter_is_read_through_dequantisation() -> None:
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(2)) * 0.02
     parameter = quantised(weight)
     assert isinstance(parameter, Float8Tensor)
-    shard = shard_of(parameter, (Span(0, 0, 32), Span(64, 32, 32)))
+    shard = shard_of(parameter, (Span(0, 0, 32), Span(64, 32, 32)), 64)
     plain = read_weight(shard)
     assert type(plain) is torch.Tensor
     assert plain.dtype == torch.bfloat16
@@ -55,7 +61,7 @@ def test_a_quantised_parameter_is_read_through_dequantisation() -> None:
 
 def test_its_exponent_is_near_that_of_the_weights() -> None:
     weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(3)) * 0.02
-    found = analyze_matrix(read_weight(shard_of(quantised(weight), (Span(0, 0, 256),))))
+    found = analyze_matrix(read_weight(shard_of(quantised(weight), (Span(0, 0, 256),), 192)))
     exact = analyze_matrix(weight)
     assert found.alpha_hill_median == pytest.approx(exact.alpha_hill_median, rel=2e-2)
     assert found.alpha_hill_median != exact.alpha_hill_median
@@ -80,4 +86,4 @@ def test_every_kind_of_quantised_tensor_is_dequantised(
     meant = torch.arange(24.0).view(4, 6)
     monkeypatch.setattr(kind, "detach", lambda self: self)
     monkeypatch.setattr(kind, "dequantize", lambda self: meant)
-    assert torch.equal(cut(shard_of(parameter, (Span(1, 0, 2),))), meant[1:3])
+    assert torch.equal(cut(shard_of(parameter, (Span(1, 0, 2),), 6)), meant[1:3])
