@@ -7,7 +7,7 @@ TORCHRUN := $(PYTHON) -m torch.distributed.run
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-te setup lint unit dist gpu clean
+.PHONY: demo test test-te setup lint side-by-side unit dist gpu clean
 
 setup:
 	@tools/bootstrap.sh
@@ -15,7 +15,7 @@ setup:
 demo: setup
 	@bash examples/demo.sh
 
-test: setup lint unit dist
+test: setup lint side-by-side dist
 
 lint:
 	$(PYTHON) -m ruff format --check .
@@ -27,10 +27,17 @@ lint:
 unit:
 	$(PYTHON) -m pytest -q --ignore tests/dist --ignore tests/te tests
 
+# `unit` and the tests of one rank use a core each.
+side-by-side:
+	@log=$$(mktemp); $(PYTHON) tests/torchrun.py 1 >$$log 2>&1 & one_rank=$$!; \
+	$(MAKE) --no-print-directory unit; unit=$$?; \
+	wait $$one_rank; dist=$$?; echo "== world size 1"; cat $$log; rm $$log; \
+	[ $$unit -eq 0 ] && [ $$dist -eq 0 ]
+
 # One launch per world size; a test runs in those that it names. Three data-parallel replicas matter to
 # where shards are cut alone.
 dist:
-	@for world in 1 2 4; do \
+	@for world in 2 4; do \
 		echo "== world size $$world"; \
 		$(PYTHON) tests/torchrun.py $$world || exit 1; \
 	done
