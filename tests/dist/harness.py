@@ -21,6 +21,9 @@ from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
 from megatron_llr.ranks import gather_objects  # noqa: E402
 from megatron_llr.sharding.catalog import build_catalog  # noqa: E402
 from megatron_llr.training import job  # noqa: E402
+from tests.dist.memo import remember  # noqa: E402
+
+remember()
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
