@@ -63,7 +63,7 @@ LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
     # `--llr-*` stands for all of ours; the others are those of tools and benchmarks.
-    others = {"--help", "--llr", "--steps", *COMPARE}
+    others = {"--help", "--llr", "--steps", "--gigabytes", *COMPARE}
     assert named - known_flags() - tool_flags() - LAUNCHER - others == set()
 
 
