@@ -98,10 +98,6 @@ def _objects(model: Architecture, padded: int) -> dict[str, Any]:
     return {"common_state/shard_0_1": common, **extra}
 
 
-def _size(pieces: list[Piece]) -> int:
-    return sum(prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
-
-
 def to_megatron(
     source: Path, target: Path, options: Options, progress: Progress | None = None
 ) -> Report:
@@ -144,10 +140,11 @@ def to_megatron(
 
     pieces = _pieces(links, model, dtype_of)
     report = Report(links)
+    size = sum(prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     if progress is not None:
-        progress.expect(_size(pieces))
+        progress.expect(size)
     with staged_folder(target) as folder:
-        require_space(folder, _size(pieces))
+        require_space(folder, size)
         (folder / "release").mkdir()
         write_torch_dist(folder / "release", pieces, make, _objects(model, padded))
         carried = carry_files(source, folder / HUGGING_FACE)

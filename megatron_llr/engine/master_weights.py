@@ -77,6 +77,9 @@ class MasterWeights:
                 cut = piece.group is not None
                 (self._by_group[id(piece.group)] if cut else self._whole).append(piece)
         self._ranges = {key: self._gather_ranges(key) for key in self._groups}
+        peers = {rank for g in copies.groups for rank in dist.get_process_group_ranks(g)}
+        # What the replica of a rank needs never changes.
+        self._wanted = {rank: self._wanted_by(rank) for rank in peers}
 
     def _gather_ranges(self, key: int) -> list[dict[str, tuple[int, int]]]:
         """What every rank of a group holds: name of the parameter -> its range."""
@@ -121,10 +124,10 @@ class MasterWeights:
         empty = next(iter(self._parameters.values())).new_empty(0, dtype=torch.float32)
         outgoing = []
         for rank in ranks:
-            wanted = self._wanted_by(rank)
+            wanted = self._wanted[rank]
             pieces = [tensor.view(-1) for name, tensor in sorted(held.items()) if name in wanted]
             outgoing.append(torch.cat([empty, *pieces]))
-        wanted_here = self._wanted_by(dist.get_rank())
+        wanted_here = self._wanted[dist.get_rank()]
         incoming = [
             [(name, *ends) for name, ends in sorted(ranges.items()) if name in wanted_here]
             for ranges in self._ranges[key]

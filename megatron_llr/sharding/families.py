@@ -95,14 +95,14 @@ MODEL_WEIGHTS: dict[str, str] = {
 # The parameter is one logical matrix, and its id needs no role after it.
 WHOLE: RowLayout = _whole("")
 
-_FUSED: dict[str, RowLayout] = {"linear_qkv": _qkv, "linear_fc1": _fc1}
+_BY_MODULE = {rule.path.removesuffix(".weight"): rule.layout for rule in BLOCK_WEIGHTS}
 
 
 def row_layout(path: str) -> RowLayout | None:
-    """How the rows of a fused module's weight or bias are laid out; None where nothing is fused.
+    """How the rows of a block's weight, or of the bias beside it, are laid out; None of others.
 
     Args:
-        path: name of the tensor, as `self_attention.linear_qkv.bias`.
+        path: name of the tensor below its layer, as `self_attention.linear_qkv.bias`.
     """
     module, _, tensor = path.rpartition(".")
-    return _FUSED.get(module.rpartition(".")[2]) if tensor in ("weight", "bias") else None
+    return _BY_MODULE.get(module) if tensor in ("weight", "bias") else None

@@ -57,6 +57,14 @@ def convert_on_one(action: Any) -> None:
     together(lambda: action() if dist.get_rank() == 0 else None)
 
 
+def flags_here(name: str) -> str:
+    """Flags of a layout; skips the test where it does not fill the world."""
+    layouts = LAYOUTS[dist.get_world_size()]
+    if name not in layouts:
+        pytest.skip("another world size")
+    return layouts[name]
+
+
 def flags_of(folder: Path) -> str:
     return (folder / FLAGS).read_text().replace("\n", " ")
 
@@ -68,9 +76,7 @@ def test_a_hugging_face_model_is_the_same_function_in_megatron(
     name: str, family: str, shared_dir: Path
 ) -> None:
     """Logits agree to 1e-4 in fp32; the checkpoint loads as a release and trains from update 1."""
-    layouts = LAYOUTS[dist.get_world_size()]
-    if name not in layouts:
-        pytest.skip("another world size")
+    layout = flags_here(name)
     model = families.build(family)
     convert_on_one(
         lambda: (
@@ -82,7 +88,7 @@ def test_a_hugging_face_model_is_the_same_function_in_megatron(
     run = train(
         flags_of(shared_dir / "megatron"),
         CALM,
-        layouts[name],
+        layout,
         f"--load {shared_dir / 'megatron'} --exit-interval 2",
         tied=model.config.tie_word_embeddings,
         on_built=lambda built: found.append(logits(built)),
@@ -101,9 +107,7 @@ def test_a_trained_checkpoint_is_the_same_function_in_transformers(
     name: str, family: str, shared_dir: Path
 ) -> None:
     """Trained, saved and converted: logits agree to 1e-4; the layerwise state lies beside."""
-    layouts = LAYOUTS[dist.get_world_size()]
-    if name not in layouts:
-        pytest.skip("another world size")
+    layout = flags_here(name)
     found: list[torch.Tensor] = []
 
     def keep(run: Run, update: int, done: bool) -> None:
@@ -113,7 +117,7 @@ def test_a_trained_checkpoint_is_the_same_function_in_transformers(
     run = train(
         families.FLAGS[family],
         CALM,
-        layouts[name],
+        layout,
         f"--save {shared_dir / 'megatron'} --save-interval 2 --exit-interval 2",
         tied=family == "qwen2",
         on_update=keep,

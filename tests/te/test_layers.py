@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Run, train
-from safetensors.torch import load_file
 
 from megatron_llr.convert.options import FLAGS, Options
 from megatron_llr.convert.to_hugging_face import to_hugging_face
 from megatron_llr.convert.to_megatron import to_megatron
 from tests.reference import families
+from tests.unit.conversion import tensors
 
 
 class _DoneError(Exception):
@@ -26,7 +26,7 @@ def test_a_converted_checkpoint_loads_into_transformer_engine_layers(
 
     families.save(families.build(family), shared_dir / "hf")
     to_megatron(shared_dir / "hf", shared_dir / "megatron", Options())
-    source = load_file_all(shared_dir / "hf")
+    source = tensors(shared_dir / "hf")
 
     def check(run: Run) -> None:
         kinds = {type(module).__name__ for module in run.model[0].modules()}
@@ -54,13 +54,6 @@ def test_a_converted_checkpoint_loads_into_transformer_engine_layers(
             on_built=check,
         )
     to_hugging_face(shared_dir / "saved", shared_dir / "back", Options())
-    back = load_file_all(shared_dir / "back")
+    back = tensors(shared_dir / "back")
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)
-
-
-def load_file_all(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found

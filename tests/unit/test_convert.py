@@ -3,7 +3,7 @@
 import json
 import resource
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,10 @@ def test_without_a_config_beside_it_is_made_from_megatrons_args(
 
 
 def test_flags_and_args_say_the_same(models: Path, tmp_path: Path) -> None:
-    """Megatron's own parser makes of the flags what the checkpoint's args hold."""
+    """Megatron's own parser makes of the flags the model that the checkpoint's args describe."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
     for name in families.BUILDERS:
         family, model = settings.from_config(models / name / "config.json")
         args = Namespace(**settings.to_args(model, 256))
@@ -99,6 +102,7 @@ def test_flags_and_args_say_the_same(models: Path, tmp_path: Path) -> None:
         to_megatron(models / name, tmp_path / name, Options())
         flags = (tmp_path / name / FLAGS).read_text().split()
         assert flags == [word for flag in settings.to_flags(model) for word in flag.split()]
+        assert settings.from_args(parser.parse_args(flags), 250) == model
 
 
 def test_layers_stored_one_by_one_are_read_too(tmp_path: Path) -> None:
