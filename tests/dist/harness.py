@@ -26,12 +26,14 @@ from tests.dist.memo import remember  # noqa: E402
 remember()
 
 MODEL = (
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --seq-length 16 --max-position-embeddings 16 "
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
     "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
 ).split()
+
+# Megatron refuses it beside --multi-latent-attention.
+_GROUPED_QUERIES = "--group-query-attention --num-query-groups 2".split()
 
 TRAINING = (
     "--train-iters 8 --lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 2 --lr-decay-style cosine "
@@ -229,8 +231,10 @@ def train(
     run = Run()
     drop_groups()
     try:
-        untied = [] if tied else ["--untie-embeddings-and-output-weights"]
-        with _command_line([*MODEL, *untied, *TRAINING, *(LLR if llr else []), *extra]):
+        model = [*MODEL]
+        model += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
+        model += [] if tied else ["--untie-embeddings-and-output-weights"]
+        with _command_line([*model, *TRAINING, *(LLR if llr else []), *extra]):
             with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()
