@@ -26,10 +26,14 @@ from tests.dist.memo import remember  # noqa: E402
 remember()
 
 MODEL = (
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
-    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--mock-data --tokenizer-type NullTokenizer "
-    "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
+    "--seq-length 16 --max-position-embeddings 16 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --vocab-size 250"
+).split()
+
+DATA = (
+    "--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 4 "
+    "--micro-batch-size 1 --global-batch-size 2"
 ).split()
 
 # Megatron refuses it beside --multi-latent-attention.
@@ -212,6 +216,7 @@ def train(
     *flags: str,
     llr: bool = True,
     tied: bool = False,
+    model: str | None = None,
     on_update: OnUpdate | None = None,
     on_built: Callable[[Run], None] | None = None,
 ) -> Run:
@@ -221,6 +226,7 @@ def train(
         flags: further flags, each string may hold several.
         llr: with the extension, or plain Megatron.
         tied: whether the head is the embedding.
+        model: all flags of another model, instead of the small one's.
         on_update: called before and after every update, with the number of the update.
         on_built: called when model and optimizer stand, before the first measurement.
 
@@ -231,10 +237,13 @@ def train(
     run = Run()
     drop_groups()
     try:
-        model = [*MODEL]
-        model += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
-        model += [] if tied else ["--untie-embeddings-and-output-weights"]
-        with _command_line([*model, *TRAINING, *(LLR if llr else []), *extra]):
+        if model is None:
+            described = [*MODEL]
+            described += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
+            described += [] if tied else ["--untie-embeddings-and-output-weights"]
+        else:
+            described = model.split()
+        with _command_line([*described, *DATA, *TRAINING, *(LLR if llr else []), *extra]):
             with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()

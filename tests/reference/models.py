@@ -132,7 +132,7 @@ class Model:
     def _hybrid(self, letters: str) -> list[dict[str, Shape]]:
         """The blocks: one for every mixer, with what follows it up to the next."""
         blocks: list[dict[str, Shape]] = []
-        for letter in letters:
+        for letter in letters.replace("|", ""):
             if letter in "*M":
                 blocks.append(self._attention() if letter == "*" else self._mamba())
                 continue
@@ -187,17 +187,19 @@ class Model:
     def start(self, seed: int = 1234, std: float = 0.02) -> dict[str, torch.Tensor]:
         """What `--llr-same-start` promises: every matrix drawn whole from the seed and its id.
 
-        fp32; normal, with Megatron's smaller deviation for what writes to the residual stream.
+        fp32; normal, with Megatron's smaller deviation for what writes to the residual stream
+        (megatron/core/transformer/transformer_config.py).
         """
         return dict(self._drawn(seed, std))
 
     def _drawn(self, seed: int, std: float) -> Iterator[tuple[str, torch.Tensor]]:
-        layers = len(self.pattern) or self.blocks
+        # Every layer of a hybrid model writes once, every layer of another twice.
+        writes = len(self.pattern.replace("|", "")) or 2 * self.blocks
         outputs = ("o", "down", "out_proj", "latent_up")
         for matrix, shape in self.matrices().items():
             digest = hashlib.sha256(f"{seed} {matrix}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            small = std / (2 * layers) ** 0.5 if matrix.rsplit(".", 1)[-1] in outputs else std
+            small = std / writes**0.5 if matrix.rsplit(".", 1)[-1] in outputs else std
             yield matrix, torch.empty(shape).normal_(0.0, small, generator=generator)
 
 

@@ -36,10 +36,9 @@ def built(model: Model, flags: str, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     with pytest.raises(_DoneError):
         train(
-            model.flags(),
             "--transformer-impl transformer_engine --make-vocab-size-divisible-by 128",
             f"--llr-same-start {flags}",
-            tied=model.tied,
+            model=model.flags(),
             on_built=stop,
         )
     return kept[0]
