@@ -71,7 +71,7 @@ LAYOUTS = (
     Layout("ep2-moe", 2, f"{_EP2} {_MOE}", "dist"),
     Layout("ep2-moe-distopt-bf16", 2, f"{_EP2} {_MOE} --bf16 {_DISTRIBUTED}", "dist fully torch"),
     Layout("tp2-ep2-moe", 2, f"{_SP} {_EP2} {_ETP1} {_MOE}", "dist"),
-    Layout("tp2-mla-bf16", 2, f"{_SP} {_MLA} --bf16", "dist"),
+    Layout("tp2-mla-bf16", 2, f"{_SP} {_MLA} --num-layers 2 --bf16", "dist"),
     Layout("pp2-mtp", 2, f"{_PP2} {_MTP}", "dist"),
     Layout("tp2-pp2", 4, f"{_TP2} {_PP2}", "dist async"),
     Layout("tp2-pp2-bf16", 4, f"{_TP2} {_PP2} --bf16", "dist torch"),
@@ -80,7 +80,7 @@ LAYOUTS = (
     Layout("pp2-dp2-distopt", 4, f"{_PP2} {_DISTRIBUTED}", _SHARDED_FP32),
     Layout("tp2-ep2-etp2-moe", 4, f"{_SP} {_EP2} {_MOE}", "dist"),
     Layout("pp2-ep2-moe-distopt-bf16", 4, f"{_PP2} {_EP2} {_MOE} --bf16 {_DISTRIBUTED}", "fully"),
-    Layout("tp2-cp2-mla", 4, f"{_TP2} {_CP2} {_MLA}", "dist"),
+    Layout("tp2-cp2-mla", 4, f"{_TP2} {_CP2} {_MLA} --num-layers 2", "dist"),
 )
 
 _WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
