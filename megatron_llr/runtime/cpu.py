@@ -228,9 +228,15 @@ def _substitute_megatron() -> None:
     distrib_module.Adam = GroupStepAdamW
     _substitute_async_save()
 
-    from megatron_llr.runtime import cpu_layers
+    # Each builds on what came before it.
+    from megatron_llr.runtime import cpu_collectives, cpu_layers
 
+    cpu_collectives.substitute()
     cpu_layers.substitute()
+
+    from megatron_llr.runtime import cpu_hybrid
+
+    cpu_hybrid.substitute()
 
 
 def _substitute_async_save() -> None:

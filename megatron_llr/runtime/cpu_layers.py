@@ -9,11 +9,18 @@ import copy
 from typing import Any
 
 import megatron.core.models.backends as backends
+import megatron.core.transformer.moe.moe_layer as moe_layer
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megatron_llr.errors import user_error
 
@@ -24,6 +31,8 @@ def substitute() -> None:
     backend.DotProductAttention = CoreAttention
     dispatcher: Any = token_dispatcher
     dispatcher.maybe_move_tensor_to_cpu = _token_counts
+    experts: Any = moe_layer
+    experts.TELinear, experts.HAVE_TE = ReplicatedLinear, True
     _substitute_norms()
 
 
@@ -115,6 +124,59 @@ class CoreAttention(DotProductAttention):  # type: ignore[misc]
         pieces = everywhere.view(2 * ranks, -1)
         here = pieces[[rank, 2 * ranks - 1 - rank]].reshape(-1, 1)
         return (everywhere > here)[None, None]
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """What Transformer Engine's linear is to latent experts: one weight, whole on every rank.
+
+    Args:
+        input_size: columns of the weight.
+        output_size: rows of the weight.
+        config: of the model.
+        init_method: draws the weight in place.
+        bias: whether there is one.
+        kwargs: what says that no rank has a part of it.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Any,
+        bias: bool,
+        **kwargs: Any,
+    ) -> None:
+        assert kwargs.pop("parallel_mode") == "duplicated"
+        super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+                init_method(self.weight)
+        for name, parameter in self.named_parameters():
+            if name == "bias":
+                torch.nn.init.zeros_(parameter)
+            marked: Any = parameter
+            marked.allreduce = True
+            marked.sequence_parallel = config.sequence_parallel
+            marked.tensor_model_parallel = False
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """Project [..., input_size] to [..., output_size]; no bias is left to add."""
+        return super().forward(hidden), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """For a checkpoint: the same on all tensor-parallel ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            None,
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group_if_none(None),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def _substitute_norms() -> None:

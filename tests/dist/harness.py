@@ -15,6 +15,9 @@ from megatron_llr.runtime import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
+
 from megatron_llr import host  # noqa: E402
 from megatron_llr.controller import LayerwiseController  # noqa: E402
 from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
@@ -140,6 +143,9 @@ def clean_up() -> None:
     host.mpu.destroy_model_parallel()
     host.destroy_num_microbatches_calculator()
     host.destroy_rerun_state_machine()
+    # They keep process groups, on ranks that a later run may leave without such layers.
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
 
 
 @contextlib.contextmanager
