@@ -47,6 +47,7 @@ def config_from_args(args: Namespace) -> LLRConfig:
 # What this version has not learned, by the flag that asks for it: (attribute of args, the values
 # that are fine, flag).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("hybrid_context_parallel", (False,), "--hybrid-context-parallel"),
     ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
     ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
     ("heterogeneous_layers_config_encoded_json", (None, ""), "--heterogeneous-layers-config-*"),
@@ -72,7 +73,16 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 # Why a flag is refused, where more is to be said than that nobody has tried.
+_NO_IDS = "it builds weights that have no matrix ids"
+_DTENSORS = "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
 _REASONS = {
+    "--hybrid-context-parallel": "it needs packed sequences, which batches here are not",
+    "--experimental-attention-variant": _NO_IDS,
+    "--heterogeneous-layers-config-path": _NO_IDS,
+    "--heterogeneous-layers-config-*": _NO_IDS,
+    "--gtp-weight-remat-size": "no rank has the weights that it keeps in shards of its own",
+    "--use-megatron-fsdp": _DTENSORS,
+    "--use-torch-fsdp2": _DTENSORS,
     "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
     "--optimizer-cuda-graph": "layer groups come by Python hooks, which a graph records once",
     "--optimizer-cpu-offload": "its host copies are stepped by optimizers that it rebuilds at will",
