@@ -29,10 +29,14 @@ from tests.dist.memo import remember  # noqa: E402
 remember()
 
 MODEL = (
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
-    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--mock-data --tokenizer-type NullTokenizer "
-    "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
+    "--seq-length 16 --max-position-embeddings 16 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --vocab-size 250"
+).split()
+
+DATA = (
+    "--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 4 "
+    "--micro-batch-size 1 --global-batch-size 2"
 ).split()
 
 # Megatron refuses it beside --multi-latent-attention.
@@ -95,7 +99,7 @@ class Run:
             instead: id of a parameter -> one of its shape whose values are taken.
         """
         found: dict[str, torch.Tensor] = {}
-        for shard in build_catalog(self.model, vocab_size=vocab_size):
+        for shard in build_catalog(self.model, vocab_size=vocab_size).shards:
             if instead is not None:
                 shard = replace(shard, parameter=instead[id(shard.parameter)])
             pieces: list[Any] = [None] * len(shard.ranks)
@@ -218,6 +222,7 @@ def train(
     *flags: str,
     llr: bool = True,
     tied: bool = False,
+    model: str | None = None,
     on_update: OnUpdate | None = None,
     on_built: Callable[[Run], None] | None = None,
 ) -> Run:
@@ -227,6 +232,7 @@ def train(
         flags: further flags, each string may hold several.
         llr: with the extension, or plain Megatron.
         tied: whether the head is the embedding.
+        model: all flags of another model, instead of the small one's.
         on_update: called before and after every update, with the number of the update.
         on_built: called when model and optimizer stand, before the first measurement.
 
@@ -237,10 +243,13 @@ def train(
     run = Run()
     drop_groups()
     try:
-        model = [*MODEL]
-        model += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
-        model += [] if tied else ["--untie-embeddings-and-output-weights"]
-        with _command_line([*model, *TRAINING, *(LLR if llr else []), *extra]):
+        if model is None:
+            described = [*MODEL]
+            described += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
+            described += [] if tied else ["--untie-embeddings-and-output-weights"]
+        else:
+            described = model.split()
+        with _command_line([*described, *DATA, *TRAINING, *(LLR if llr else []), *extra]):
             with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()
