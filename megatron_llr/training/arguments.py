@@ -74,7 +74,9 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 # Why a flag is refused, where more is to be said than that nobody has tried.
 _NO_IDS = "it builds weights that have no matrix ids"
-_DTENSORS = "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
+_DTENSORS = (
+    "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
+)
 _REASONS = {
     "--hybrid-context-parallel": "it needs packed sequences, which batches here are not",
     "--experimental-attention-variant": _NO_IDS,
