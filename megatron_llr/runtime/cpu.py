@@ -170,6 +170,7 @@ def _substitute_torch_cuda() -> None:
         substitutes[name] = _zero
     for name, substitute in substitutes.items():
         setattr(torch.cuda, name, substitute)
+    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
     torch.nn.Module.cuda = _identity  # type: ignore[method-assign,assignment]
 
 

@@ -47,10 +47,12 @@ def config_from_args(args: Namespace) -> LLRConfig:
 # What this version has not learned, by the flag that asks for it: (attribute of args, the values
 # that are fine, flag).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("hybrid_context_parallel", (False,), "--hybrid-context-parallel"),
     ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
     ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
     ("heterogeneous_layers_config_encoded_json", (None, ""), "--heterogeneous-layers-config-*"),
-    ("gtp_weight_remat_size", (1,), "--gtp-weight-remat-size"),
+    ("gtp_weight_remat_size", (1,), "--tensor-parallel-num-weight-shards"),
+    ("expert_gtp_weight_remat_size", (1,), "--expert-tensor-parallel-num-weight-shards"),
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
     ("optimizer", ("adam", "sgd", "muon", "soap", "lion"), "--optimizer"),
@@ -71,8 +73,21 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("yaml_cfg", (None,), "--yaml-cfg"),
 )
 
+_NO_IDS = "it builds weights that have no matrix ids"
+_DTENSORS = (
+    "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
+)
+_SHARDS = "no rank has its own whole part of a weight (shards counted per tensor-parallel rank)"
 # Why a flag is refused, where more is to be said than that nobody has tried.
 _REASONS = {
+    "--hybrid-context-parallel": "it needs packed sequences, which batches here are not",
+    "--experimental-attention-variant": _NO_IDS,
+    "--heterogeneous-layers-config-path": _NO_IDS,
+    "--heterogeneous-layers-config-*": _NO_IDS,
+    "--tensor-parallel-num-weight-shards": _SHARDS,
+    "--expert-tensor-parallel-num-weight-shards": _SHARDS,
+    "--use-megatron-fsdp": _DTENSORS,
+    "--use-torch-fsdp2": _DTENSORS,
     "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
     "--optimizer-cuda-graph": "layer groups come by Python hooks, which a graph records once",
     "--optimizer-cpu-offload": "its host copies are stepped by optimizers that it rebuilds at will",

@@ -107,9 +107,15 @@ def _masked_loss(
 
 
 def forward_step(
-    data_iterator: Iterator[Any] | None, model: torch.nn.Module
-) -> tuple[torch.Tensor, LossFunction]:
+    data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, LossFunction]:
     """Forward one microbatch; the loss function is returned for Megatron to call.
+
+    Args:
+        data_iterator: batches, where this stage uses any.
+        model: model chunk, wrapped or not.
+        return_schedule_plan: say what is to be run instead of running it; Megatron asks that of
+            experts under --overlap-moe-expert-parallel-comm.
 
     Returns:
         Token losses of shape [micro batch, sequence] on the last stage, else hidden states, and
@@ -119,7 +125,8 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],
