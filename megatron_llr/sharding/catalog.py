@@ -197,8 +197,8 @@ def _require_whole_weights(name: str, parameter: torch.nn.Parameter) -> None:
     if getattr(parameter, "is_gtp_weight_remat", False):
         raise topology_error(
             "a weight is cut over a group of its own (GTP)",
-            got=f"{name}, --gtp-weight-remat-size above 1",
-            allowed="--gtp-weight-remat-size 1",
+            got=f"{name}, --tensor-parallel-num-weight-shards above 1",
+            allowed="--tensor-parallel-num-weight-shards 1",
             remedy=remedy,
         )
     if isinstance(parameter, DTensor):

@@ -120,6 +120,12 @@ MODELS = {
     "moe-latent": _model(f"{_EXPERTS} --moe-latent-size 64", "one dp2 tp2-sp ep2"),
     "mla": _model(_LATENT_ATTENTION, "one dp2 tp2 pp2 cp2"),
     "mla-q-lora": _model(f"{_LATENT_ATTENTION} --q-lora-rank 64", "one dp2 tp2-sp dp4 tp2-sp-pp2"),
+    # As DeepSeek's: latent attention, a dense block first, experts, one of them shared.
+    "mla-moe-mtp": _model(
+        f"{_LATENT_ATTENTION} --q-lora-rank 64 {_EXPERTS} --mtp-num-layers 1 "
+        "--moe-shared-expert-intermediate-size 96 --num-layers 2 --moe-layer-freq [0,1]",
+        "one dp2 tp2-sp tp2-sp-ep2 pp2 cp2 ep2 ep2-alltoall dp4 pp2-ep2 ep2-etp2",
+    ),
     "mtp": _model(
         "--mtp-num-layers 2", "one dp2 tp2-sp pp2-custom-mtp vpp2 cp2 dp4 pp4-mtp-alone"
     ),

@@ -89,7 +89,7 @@ def test_weights_cut_in_other_ways_are_refused_by_the_flag_that_cuts_them() -> N
         model = host.unwrap_model(run.model[0])
         layer = model.decoder.layers[0].self_attention
         layer.linear_proj.weight.is_gtp_weight_remat = True
-        with pytest.raises(RuntimeError, match="--gtp-weight-remat-size 1"):
+        with pytest.raises(RuntimeError, match="--tensor-parallel-num-weight-shards 1"):
             build_catalog(run.model)
         layer.linear_proj.weight.is_gtp_weight_remat = False
         mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))

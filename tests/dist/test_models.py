@@ -44,7 +44,6 @@ def _start_from(folder: Path) -> Callable[[Run], None]:
     return load
 
 
-@pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.here()])
 def test_every_layout_of_a_model_does_what_whole_weights_do(name: str, shared_dir: Path) -> None:
     """Invariant 2: exponents and multipliers are those that one process finds on whole weights."""

@@ -1,6 +1,7 @@
 """The tables of docs/layouts.md, from what the tests run: `python -m tests.docs.support_matrix`.
 
-Without an argument it prints them; with `--write` it puts them into the page.
+`--write` puts them into the page, `--check` fails if they are not there. What the letters in the
+cells mean is said on the page.
 """
 
 import sys
@@ -10,14 +11,6 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "layouts.md"
 _BEGIN, _END = "<!-- from the tests: {} -->", "<!-- end -->"
-
-# Letter in a cell -> the test that it stands for.
-TESTS = {
-    "a": "tests/dist/test_models.py",
-    "i": "tests/dist/test_invariants.py",
-    "r": "tests/dist/test_resume.py",
-    "n": "tests/te/test_catalog.py",
-}
 
 
 def _number(flags: str, name: str, otherwise: int = 1) -> int:
@@ -124,9 +117,13 @@ def refused_table() -> str:
     from megatron_llr.training import arguments
 
     reasons = arguments._REASONS
+    absent = ((False,), (None,), (None, ""), (1,))
     rows = [
-        [f"`{flag}`", "No" if None in fine or False in fine or 1 in fine else "in part"]
-        + [reasons.get(flag, "nobody has tried it")]
+        [
+            f"`{flag}`",
+            "No" if fine in absent else f"but {', '.join(str(value) for value in fine)}: No",
+            reasons.get(flag, "nobody has tried it"),
+        ]
         for _, fine, flag in arguments._UNSUPPORTED
     ]
     return _table(["flag", "", "because"], rows)
@@ -144,11 +141,20 @@ def with_tables(page: str) -> str:
     return page
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Write the page, or compare it."""
     from megatron_llr.runtime import launch
 
     launch.prepare_device(["--llr-device", "cpu"])
+    before = PAGE.read_text()
+    after = with_tables(before)
     if "--write" in sys.argv:
-        PAGE.write_text(with_tables(PAGE.read_text()))
-    else:
-        print("\n\n".join(table() for table in TABLES.values()))
+        PAGE.write_text(after)
+        return 0
+    if before != after:
+        print("docs/layouts.md: tables are not those of the tests; --write mends them")
+    return int(before != after)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -232,3 +232,17 @@ def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:
         "assert not {'torch', 'megatron'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_support_matrix_is_what_the_tests_run() -> None:
+    """`python -m tests.docs.support_matrix --write` brings it up to date."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.docs.support_matrix", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_letter_of_the_support_matrix_is_a_test() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
+    named = dict(re.findall(r"`([air])`,\s+`(tests/\S+\.py)`", page))
+    assert set(named) == set("air")
+    assert all((ROOT / path).is_file() for path in named.values())
