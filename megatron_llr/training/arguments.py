@@ -50,7 +50,11 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hybrid_context_parallel", (False,), "--hybrid-context-parallel"),
     ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
     ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
-    ("heterogeneous_layers_config_encoded_json", (None, ""), "--heterogeneous-layers-config-encoded-json"),
+    (
+        "heterogeneous_layers_config_encoded_json",
+        (None, ""),
+        "--heterogeneous-layers-config-encoded-json",
+    ),
     ("gtp_weight_remat_size", (1,), "--tensor-parallel-num-weight-shards"),
     ("expert_gtp_weight_remat_size", (1,), "--expert-tensor-parallel-num-weight-shards"),
     ("moe_single_grouped_weight", (False,), "--moe-single-grouped-weight"),
