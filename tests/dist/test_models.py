@@ -72,9 +72,10 @@ def test_every_layout_of_a_model_does_what_whole_weights_do(name: str, shared_di
         assert found.alphas == pytest.approx(alphas, rel=1e-5), other
         assert found.multipliers == pytest.approx(multipliers, rel=1e-5), other
         losses = found.losses
-        # Adam's first updates are the signs of gradients: rounding flips some that are next to 0.
         assert losses[:2] == pytest.approx(whole.losses[:2], abs=1e-5), other
-        assert losses[2] == pytest.approx(whole.losses[2], abs=5e-4), other
+        # Some gradients of these differ in Megatron itself: docs/layouts.md.
+        differs = ("mla" in name and "tp2" in other) or ("mtp" in name and "cp2" in other)
+        assert losses[2] == pytest.approx(whole.losses[2], abs=5e-4 if differs else 2e-5), other
 
 
 @pytest.mark.world_size(2)
