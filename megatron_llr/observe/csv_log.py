@@ -26,6 +26,7 @@ MEASUREMENT_FIELDS = (
     "entropy",
     "num_eigenvalues",
     "fit_distance",
+    "method",
     "target_multiplier",
 )
 RATE_FIELDS = (

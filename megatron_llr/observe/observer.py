@@ -118,8 +118,11 @@ class Observer:
         for role, spread in by_role(values).items():
             for name, value in (("mean", spread.mean), ("min", spread.low), ("max", spread.high)):
                 scalars[f"{tag}-by-role/{role}/{name}"] = value
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-        if self._wandb is not None:
-            self._wandb.log(scalars, iteration)
+        try:
+            if self._tensorboard is not None:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
+            if self._wandb is not None:
+                self._wandb.log(scalars, iteration)
+        except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
+            logger.warning("megatron_llr: %s not written: %s", tag, broken)

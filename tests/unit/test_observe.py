@@ -54,6 +54,23 @@ def test_a_log_that_cannot_be_written_is_a_warning_not_the_end(tmp_path: Path, c
     assert "not written" in caplog.text
 
 
+def test_a_writer_of_the_host_that_breaks_is_a_warning_not_the_end(caplog: Any) -> None:
+    """TensorBoard's raises what its thread ran into, W&B's what its server said."""
+
+    class Broken(Recorder):
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            raise OSError("no space left on device")
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            raise RuntimeError("run is gone")
+
+    rates = {MATRIX: MatrixRates(1.0, 1.0, 1.0)}
+    Observer(say=print, tensorboard=Broken()).stepped(1, rates)
+    Observer(say=print, wandb=Broken()).stepped(1, rates)
+    assert "llr/multiplier not written: no space left on device" in caplog.text
+    assert "llr/learning_rate not written: run is gone" in caplog.text
+
+
 def write_runs(folder: Path, relative: tuple[float | None, ...]) -> CsvLog:
     csv_log = CsvLog(folder)
     csv_log.open(measured_up_to=0, rates_up_to=0)
