@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llr import state
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, flag
 from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.summary import matrix_table, role_table
@@ -127,7 +127,9 @@ class LayerwiseController:
             iteration: updates done before this run, where it was not known to `attach`.
 
         Raises:
-            ValueError: if the window for measurements has passed, or the log folder is unusable.
+            ValueError: if the window for measurements has passed.
+            RuntimeError: if the log folder is unusable, or ranks stand at different updates or have
+                different states.
         """
         assert self._schedule is None, "prepare() was called twice"
         if iteration is not None:
@@ -135,6 +137,13 @@ class LayerwiseController:
         if self._document is not None:
             self.next_update = int(self._document["next_update"])
         s, resumed = self.next_update, self._document is not None
+        require_equal(
+            {
+                "the number of the next update": s,
+                "the extension's state in the checkpoint": state.digest(self._document),
+            },
+            lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
+        )
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )

@@ -1,5 +1,6 @@
 """The extension's state as a small JSON document, versioned; what a checkpoint carries."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,14 @@ def decode(text: str | None) -> dict[str, Any] | None:
             remedy=f"{flag('reset_state')} starts the multipliers afresh",
         ) from broken
     return dict(document)
+
+
+def digest(document: Mapping[str, Any] | None) -> str:
+    """A few words that tell one document from another."""
+    if document is None:
+        return "none"
+    code = hashlib.sha256(encode(document).encode()).hexdigest()[:12]
+    return f"that of update {document['next_update']} ({code})"
 
 
 def _some(names: set[str]) -> str:
