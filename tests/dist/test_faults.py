@@ -32,7 +32,6 @@ def error_of(*flags: str) -> str:
         ("--llr-policy best", "bad --llr-policy"),
         ("--llr-interval 4 --llr-ramp-iters 4", "bad --llr-ramp-iters: got 4; allowed: 0 to"),
         ("--llr-active-fraction 0.01", "--llr-active-fraction leaves no update"),
-        ("--mtp-num-layers 1", "--mtp-num-layers is not supported yet"),
         ("--sft", "--sft is not supported yet"),
         ("--logits-load-dir x", "--logits-load-dir is not supported yet"),
         (
@@ -74,11 +73,6 @@ def test_another_megatron_core_is_refused(found: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(host.metadata, "version", lambda name: found)
     with pytest.raises(ValueError, match=rf"megatron-core: got {found}; allowed: >=0.19,<0.20"):
         host.check_version()
-
-
-@pytest.mark.world_size(2)
-def test_context_parallelism_is_refused_by_name() -> None:
-    assert "--context-parallel-size is not supported yet" in error_of("--context-parallel-size 2")
 
 
 def spoil(run: Run, matrix: str, value: float) -> None:
