@@ -15,6 +15,7 @@ MAPPINGS = (*_MAPPINGS, *(f"block-{mapping}" for mapping in _MAPPINGS))
 GRANULARITIES = ("projection", "parameter", "role", "block")
 WEIGHT_DECAYS = ("coupled", "decoupled")
 EMBEDDING_POLICIES = ("max", "one", "measured")
+ROUTER_POLICIES = ("one", "policy")
 SPECTRUM_SOURCES = ("model", "master")
 SPECTRA = ("exact", "sharded", "farms")
 DEVICES = ("auto", "cuda", "cpu")
@@ -32,6 +33,7 @@ MEANINGFUL = (
     "role_table",
     "granularity",
     "embedding",
+    "router",
     "spectrum",
     "spectrum_source",
     "depth_floor",
@@ -119,6 +121,11 @@ class LLRConfig:
     """Multiplier of embedding and head: max (that of --llr-max-multiplier, as published), one,
     measured (from their own spectra), or a number."""
 
+    router: str = "one"
+    """Multiplier of the routers of a mixture of experts, whose spectra are measured in any case:
+    one, with the router left out when exponents are compared, or policy (what --llr-policy gives
+    it, as one matrix among the others)."""
+
     spectrum: str = "exact"
     """exact: the spectrum of the whole matrix, the same on every layout. sharded: the pooled
     singular values of its tensor-parallel shards; cheaper, biased, depends on the layout. farms:
@@ -143,6 +150,10 @@ class LLRConfig:
     """At every --log-interval also log the relative update of every matrix: the norm of what the
     update changed over the norm of the weights. Costs a copy of the weights that a rank's optimizer
     steps (4 bytes each in fp32), for the duration of such an update."""
+
+    skip_unknown: bool = False
+    """Train weights that this package cannot name at multiplier 1, and say which, instead of
+    refusing the model."""
 
     dry_run: bool = False
     """Print every matrix with its shape, owner and starting multiplier, then stop."""
@@ -180,6 +191,7 @@ class LLRConfig:
             "weight_decay": WEIGHT_DECAYS,
             "spectrum": SPECTRA,
             "spectrum_source": SPECTRUM_SOURCES,
+            "router": ROUTER_POLICIES,
             "device": DEVICES,
         }
         for field, allowed in choices.items():

@@ -14,7 +14,7 @@ from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.summary import matrix_table, role_table
 from megatron_llr.optim.layer_groups import LayerGroups
-from megatron_llr.policies import acts_on, share_multipliers, targets_for
+from megatron_llr.policies import acts_on, held_at_one, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import require_equal, together
 from megatron_llr.records import Directory
@@ -177,6 +177,7 @@ class LayerwiseController:
             self.directory,
             self.config.granularity,
             self._inseparable,
+            held_at_one(self.directory, self.config),
         )
         self._schedule.observe(self.next_update, shared)
         self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}

@@ -19,9 +19,10 @@ from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.optim.masters import leaf_optimizers, masters_of
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
-from megatron_llr.ranks import gather_distinct, require_equal, together
-from megatron_llr.sharding.catalog import build_catalog
+from megatron_llr.ranks import gather_distinct, gather_objects, require_equal, together
+from megatron_llr.sharding.catalog import build_catalog, require_known
 from megatron_llr.sharding.directory import build_directory
+from megatron_llr.sharding.shard import MatrixShard
 
 _LAYER_GROUPS = "llr_layer_groups"
 """Attribute of the optimizer that holds the layer groups built with it."""
@@ -33,7 +34,7 @@ _LOCAL_SETTINGS = frozenset({"log_dir"})
 def _build_layer_groups(
     optimizer: Any, model_chunks: Sequence[torch.nn.Module], config: LLRConfig
 ) -> LayerGroups:
-    catalog = together(lambda: build_catalog(model_chunks))
+    catalog = together(lambda: build_catalog(model_chunks)).shards
     on_decay = together(lambda: acts_on(config.policy)) == WEIGHT_DECAY
     groups = together(
         lambda: LayerGroups(
@@ -45,6 +46,23 @@ def _build_layer_groups(
     )
     setattr(optimizer, _LAYER_GROUPS, groups)
     return groups
+
+
+def _place_weights(
+    model_chunks: Sequence[torch.nn.Module], config: LLRConfig, vocab_size: int | None
+) -> tuple[MatrixShard, ...]:
+    """The catalog of this rank; every rank knows what any could not place.
+
+    Raises:
+        ValueError: naming weights that no table places, without `--llr-skip-unknown`.
+    """
+    catalog = together(lambda: build_catalog(model_chunks, vocab_size=vocab_size))
+    unknown = sorted({name for names in gather_objects(catalog.unknown) for name in names})
+    if not config.skip_unknown:
+        require_known(unknown)
+    elif unknown:
+        say(f"no table places these weights, multiplier 1: {'; '.join(unknown)}")
+    return catalog.shards
 
 
 def _master_copies(optimizer: Any) -> MasterCopies:
@@ -91,8 +109,8 @@ def get_megatron_optimizer(
         exactly as Megatron's.
 
     Raises:
-        ValueError: if a weight of the model has no place in the tables, or the policy cannot be
-            loaded.
+        ValueError: if the policy cannot be loaded.
+        RuntimeError: if weights are cut in ways that are not followed (GTP, FSDP).
     """
     optimizer = host.get_megatron_optimizer(config, model_chunks, *args, **kwargs)
     if llr is not None:
@@ -146,7 +164,7 @@ def attach(
     groups = getattr(optimizer, _LAYER_GROUPS, None)
     if groups is None:
         groups = _build_layer_groups(optimizer, model_chunks, config)
-    catalog = together(lambda: build_catalog(model_chunks, vocab_size=vocab_size))
+    catalog = _place_weights(model_chunks, config, vocab_size)
     directory = build_directory(catalog)
     inseparable: dict[str, str] = {}
     for reported in gather_distinct(groups.inseparable):

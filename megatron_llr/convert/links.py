@@ -8,7 +8,7 @@ import torch
 
 from megatron_llr.convert.architecture import Architecture
 from megatron_llr.convert.families import DIMENSIONS, MODEL_ROWS, Family, Row
-from megatron_llr.sharding.families import TransformerShape, row_layout
+from megatron_llr.sharding.families import HeldRows, TransformerShape, row_layout
 from megatron_llr.sharding.layout import Span
 
 LAYER_PREFIX = "decoder.layers."
@@ -92,7 +92,7 @@ def _parts(row: Row, prefix: str, model: Architecture) -> tuple[Part, ...]:
             gated_mlp=True,
             gated_attention=False,
         )
-        spans = layout(shape, rows, 0)
+        spans = layout(shape, HeldRows(rows))
     return tuple(
         Part(prefix + name, shapes[role], tuple(spans[role])) for role, name in row.parts.items()
     )

@@ -3,6 +3,13 @@
 from megatron_llr.policies.assign import assign_multipliers
 from megatron_llr.policies.constant import read_role_table
 from megatron_llr.policies.granularity import share_multipliers
-from megatron_llr.policies.registry import acts_on, targets_for
+from megatron_llr.policies.registry import acts_on, held_at_one, targets_for
 
-__all__ = ["acts_on", "assign_multipliers", "read_role_table", "share_multipliers", "targets_for"]
+__all__ = [
+    "acts_on",
+    "assign_multipliers",
+    "held_at_one",
+    "read_role_table",
+    "share_multipliers",
+    "targets_for",
+]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from megatron_llr.config import LLR_TABLE, LLRConfig, flag
 from megatron_llr.errors import user_error
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import EMBEDDING_IDS, ROLES, role_of
+from megatron_llr.records import EMBEDDING_IDS, ROLES, ROUTER, by_role
 
 # What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
 # read off its figure (6.2, 7.7, 13.5 and 25e-4) over the base rate of 5e-4. Good to a few percent.
@@ -69,8 +69,16 @@ def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     """One multiplier per role, whatever the spectra say (`--llr-role-table`).
 
     With the table `llr`: the constants that LLR's multipliers converged to in its authors' 1B run
-    (arXiv 2605.22297), which asks whether anything has to be measured at all.
+    (arXiv 2605.22297), which asks whether anything has to be measured at all. A table's `up` holds
+    for shared experts and experts too, unless it names `shared.up` or `expert.up`.
     """
     assert config.role_table is not None
     table = read_role_table(config.role_table)
-    return mean_one({matrix: table.get(role_of(matrix), 1.0) for matrix in alphas}, config)
+    if ROUTER in table and config.router == "one":
+        raise user_error(
+            f"{flag('role_table')} {config.role_table} names the router",
+            got=f"{ROUTER}: {table[ROUTER]}",
+            allowed=f"{flag('router')} policy, without which a router has multiplier 1",
+            remedy=f"add {flag('router')} policy",
+        )
+    return mean_one({matrix: by_role(table, matrix, 1.0) for matrix in alphas}, config)

@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping
 from megatron_llr.records import EMBEDDING_IDS, Directory, MatrixInfo, block_key, role_of
 
 
-def _shares_with(info: MatrixInfo, granularity: str, inseparable: Collection[str]) -> str:
+def _shares_with(
+    info: MatrixInfo, granularity: str, inseparable: Collection[str], held: Collection[str]
+) -> str:
     """Name of the set of matrices that this one shares a multiplier with; its own id if alone."""
-    if granularity in ("role", "block") and info.tunable and info.matrix not in EMBEDDING_IDS:
+    alone = info.matrix in EMBEDDING_IDS or info.matrix in held
+    if granularity in ("role", "block") and info.tunable and not alone:
         return role_of(info.matrix) if granularity == "role" else block_key(info.matrix)
     if granularity == "parameter" or info.matrix in inseparable:
         return info.cluster
@@ -20,6 +23,7 @@ def share_multipliers(
     directory: Directory,
     granularity: str,
     inseparable: Collection[str] = (),
+    held: Collection[str] = (),
 ) -> dict[str, float]:
     """Replace the multipliers of matrices that share one by their mean, weighted by size.
 
@@ -29,6 +33,7 @@ def share_multipliers(
         granularity: `projection`, `parameter`, `role` or `block`.
         inseparable: matrices that share their Megatron parameter's multiplier whatever the
             granularity, because their optimizer cannot step parts of a tensor.
+        held: matrices that are no part of their role or block (`held_at_one`).
 
     Returns:
         Multiplier of every matrix of the directory. Matrices too small to be measured stay at 1,
@@ -36,7 +41,7 @@ def share_multipliers(
     """
     shared: dict[str, list[MatrixInfo]] = defaultdict(list)
     for info in directory.values():
-        shared[_shares_with(info, granularity, inseparable)].append(info)
+        shared[_shares_with(info, granularity, inseparable, held)].append(info)
     multipliers: dict[str, float] = {}
     for members in shared.values():
         values = [targets.get(info.matrix, 1.0) for info in members]

@@ -2,21 +2,22 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
 from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
+from megatron_llr.records import ROUTER, role_of
 
 Policy = Callable[[Mapping[str, float], LLRConfig], Mapping[str, float]]
 """(matrix id -> exponent, settings) -> (matrix id -> multiplier).
 
-The ids are those of all matrices that may be tuned, in model order; an exponent is NaN where there
-is none. A matrix left out keeps its multiplier. The function runs on every rank and must give the
-same everywhere. With an attribute `acts_on = "weight_decay"` its multipliers are factors on the
-decay.
+The ids are those of all matrices that may be tuned, in model order, but the routers unless
+`--llr-router policy`; an exponent is NaN where there is none. A matrix left out keeps its
+multiplier. The function runs on every rank and must give the same everywhere. With an attribute
+`acts_on = "weight_decay"` its multipliers are factors on the decay.
 """
 
 
@@ -62,12 +63,25 @@ def acts_on(name: str) -> str:
     return target
 
 
+def held_at_one(matrices: Iterable[str], config: LLRConfig) -> frozenset[str]:
+    """Matrices whose multiplier is 1 under any policy, and that no policy hears of."""
+    if config.router != "one":
+        return frozenset()
+    return frozenset(matrix for matrix in matrices if role_of(matrix) == ROUTER)
+
+
 def targets_for(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     """Targets that `config.policy` gives; a matrix left out keeps its multiplier.
 
     Raises:
         ValueError: if a user's own policy fails, or gives what is no multiplier.
     """
+    held = held_at_one(alphas, config)
+    told = {matrix: alpha for matrix, alpha in alphas.items() if matrix not in held}
+    return {**_ask(told, config), **dict.fromkeys(held, 1.0)}
+
+
+def _ask(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     policy = load_policy(config.policy)
     if config.policy in POLICIES:
         return dict(policy(alphas, config))

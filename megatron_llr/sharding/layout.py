@@ -107,6 +107,25 @@ def stacked(roles: Sequence[str], rows: int, shard: int) -> Spans:
     return {role: (Span(index * piece, shard * piece, piece),) for index, role in enumerate(roles)}
 
 
+def sectioned(sections: Sequence[int], shard: int, shards: int) -> tuple[Span, ...]:
+    """Rows of one role where every rank holds an equal piece of each of its sections.
+
+    Megatron's Mamba `in_proj` is `[z; x; B; C; dt]` on every rank
+    (megatron/core/ssm/mamba_mixer.py); the logical matrix has the whole z first, then the whole x.
+
+    Args:
+        sections: rows of the piece of each section that a rank holds, in order.
+        shard: position of the rank among those that share the parameter.
+        shards: number of those.
+    """
+    spans: list[Span] = []
+    local = 0
+    for rows in sections:
+        spans.append(Span(local, local * shards + shard * rows, rows))
+        local += rows
+    return _join(spans)
+
+
 def flat_ranges(
     spans: Sequence[Span], columns: int, start: int, stop: int
 ) -> tuple[tuple[int, int], ...]:

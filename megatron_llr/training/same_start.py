@@ -19,7 +19,7 @@ from megatron_llr.sharding.catalog import build_catalog
 from megatron_llr.sharding.shard import MatrixShard
 
 # Roles that Megatron initialises with `output_layer_init_method` (its linear_proj and linear_fc2).
-_OUTPUT_ROLES = frozenset({"o", "down", "out_proj"})
+_OUTPUT_ROLES = frozenset({"o", "down", "shared.down", "expert.down", "latent_up", "out_proj"})
 
 
 def _initialiser(matrix: str, config: Any) -> Callable[[torch.Tensor], object]:
@@ -60,7 +60,7 @@ def draw_weights(model_chunks: Sequence[torch.nn.Module], seed: int) -> None:
     config = host.unwrap_model(model_chunks[0]).config
     if not config.perform_initialization:
         return
-    for shard in build_catalog(model_chunks):
+    for shard in build_catalog(model_chunks).shards:
         whole, placement = _draw(shard, seed, config), shard.placement
         columns = slice(placement.first_column, placement.first_column + placement.columns)
         for span in placement.spans:

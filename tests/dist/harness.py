@@ -90,7 +90,7 @@ class Run:
             instead: id of a parameter -> one of its shape whose values are taken.
         """
         found: dict[str, torch.Tensor] = {}
-        for shard in build_catalog(self.model, vocab_size=vocab_size):
+        for shard in build_catalog(self.model, vocab_size=vocab_size).shards:
             if instead is not None:
                 shard = replace(shard, parameter=instead[id(shard.parameter)])
             pieces: list[Any] = [None] * len(shard.ranks)

@@ -81,7 +81,7 @@ def spoil(run: Run, matrix: str, value: float) -> None:
     """Overwrite one matrix of the model on the ranks that hold it."""
     from megatron_llr.sharding.catalog import build_catalog
 
-    for shard in build_catalog(run.model):
+    for shard in build_catalog(run.model).shards:
         if shard.matrix == matrix:
             for span in shard.placement.spans:
                 with torch.no_grad():

@@ -85,7 +85,7 @@ def test_all_ranks_agree_to_the_bit(runs: Runs) -> None:
 
 def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torch.Tensor]]:
     """(matrix, tensor, leaf, mask of its elements) for all that this rank steps."""
-    shards = build_catalog(run.model)
+    shards = build_catalog(run.model).shards
     for leaf in leaf_optimizers(run.optimizer):
         for master in masters_of(leaf):
             rest = torch.ones(master.tensor.numel(), dtype=torch.bool)

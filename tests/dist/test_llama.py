@@ -36,7 +36,7 @@ def load_into(run: Run, model: Any, blocks: int) -> None:
     """Hugging Face weights into this rank's part of the Megatron model."""
     state = model.state_dict()
     names = llama.matrix_names(blocks)
-    for shard in build_catalog(run.model):
+    for shard in build_catalog(run.model).shards:
         whole = state[names[shard.matrix]]
         here = shard.placement
         columns = slice(here.first_column, here.first_column + here.columns)

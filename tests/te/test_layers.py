@@ -1,5 +1,7 @@
 """Models of Transformer Engine layers: the catalog reads them, converted checkpoints load."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,9 @@ def test_a_converted_checkpoint_loads_into_transformer_engine_layers(
     back = tensors(shared_dir / "back")
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) for name in source)
+
+
+def test_an_installed_transformer_engine_is_taken_as_whole() -> None:
+    """In a new process: once imported, its library is found wherever it lies."""
+    command = "from megatron_llr.packages import check_transformer_engine as c; c()"
+    subprocess.run([sys.executable, "-c", command], check=True)

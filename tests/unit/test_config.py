@@ -12,9 +12,9 @@ FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
---llr-random-seed --llr-weight-decay --llr-embedding
+--llr-random-seed --llr-weight-decay --llr-embedding --llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows
---llr-log-dir --llr-log-relative-update --llr-dry-run --llr-reset-state
+--llr-log-dir --llr-log-relative-update --llr-skip-unknown --llr-dry-run --llr-reset-state
 --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 

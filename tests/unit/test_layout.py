@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llr.engine.exchange import assemble
-from megatron_llr.sharding.families import BLOCK_WEIGHTS, TransformerShape
+from megatron_llr.sharding.families import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
 from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved, stacked
 
 RULES = {rule.path: rule.layout for rule in BLOCK_WEIGHTS}
@@ -28,7 +28,7 @@ def test_qkv_of_all_ranks_makes_up_q_k_and_v(
     roles = ["q", "gate", "k", "v"] if gated else ["q", "k", "v"]
     local = fused.reshape(-1, columns).chunk(shards)
     spans = [
-        RULES["self_attention.linear_qkv.weight"](shape, len(local[rank]), rank)
+        RULES["self_attention.linear_qkv.weight"](shape, HeldRows(len(local[rank]), rank, shards))
         for rank in range(shards)
     ]
     for role, part in zip(roles, parts, strict=True):
@@ -41,6 +41,51 @@ def test_qkv_of_all_ranks_makes_up_q_k_and_v(
             for r, p in enumerate(placements)
         ]
         assert torch.equal(assemble(pieces, placements, *whole.shape), whole), role
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_a_fused_down_projection_holds_the_query_first(shards: int) -> None:
+    """Split over ranks without regard to where the query ends, or duplicated."""
+    whole = torch.arange(28).view(28, 1)
+    shape = TransformerShape(4, 4, 6, True, False, latent_query=12)
+    layout = RULES["self_attention.linear_qkv_down_proj.weight"]
+    local = whole.chunk(shards)
+    held = [HeldRows(len(part), rank, shards) for rank, part in enumerate(local)]
+    for role, expected in (("q_down", whole[:12]), ("kv_down", whole[12:])):
+        spans = [layout(shape, rows).get(role, ()) for rows in held]
+        pieces = [
+            torch.cat([part[:0], *(part[s.local : s.local + s.count] for s in found)]).view(-1)
+            for part, found in zip(local, spans, strict=True)
+        ]
+        placements = [Placement(found, 0, 1) for found in spans]
+        assert torch.equal(assemble(pieces, placements, *expected.shape), expected)
+    duplicated = layout(shape, HeldRows(28))
+    assert duplicated == {"q_down": (Span(0, 0, 12),), "kv_down": (Span(12, 0, 16),)}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_sections_of_all_ranks_make_up_the_whole(shards: int) -> None:
+    """Megatron's Mamba in_proj: every rank holds its piece of z, of x, of B, of C and of dt."""
+    sections = [torch.randn(rows, 3) for rows in (8, 8, 4, 4, 4)]
+    layout = RULES["mixer.in_proj.weight"]
+    pieces, placements = [], []
+    for rank in range(shards):
+        parts = [section.chunk(shards)[rank] for section in sections]
+        held = HeldRows(28 // shards, rank, shards, [len(part) for part in parts])
+        (spans,) = layout(TransformerShape(4, 4, 6, True, False), held).values()
+        local = torch.cat(parts)
+        pieces.append(torch.cat([local[s.local : s.local + s.count] for s in spans]).view(-1))
+        placements.append(Placement(spans, 0, 3))
+    assert torch.equal(assemble(pieces, placements, 28, 3), torch.cat(sections))
+
+
+def test_every_weight_of_the_table_is_found_by_its_name() -> None:
+    for rule in BLOCK_WEIGHTS:
+        number = 12 if rule.of_expert else None
+        assert find_rule(rule.path.replace("#", "12")) == (rule, number), rule.path
+    assert find_rule("mlp.linear_fc1.weight3") is None
+    assert find_rule("mlp.experts.linear_fc1.weight") is None
+    assert find_rule("self_attention.core_attention.indexer.linear_wk.weight") is None
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_llr import LLRConfig, assign_multipliers
 from megatron_llr.config import GRANULARITIES, MAPPINGS
-from megatron_llr.policies import share_multipliers, targets_for
+from megatron_llr.policies import held_at_one, share_multipliers, targets_for
+from megatron_llr.policy_table import POLICIES
 from megatron_llr.records import Directory, MatrixInfo
 
 ALPHAS = {"block.0.mlp.up": 2.0, "block.0.mlp.down": 3.0, "block.1.mlp.up": 4.0}
@@ -153,3 +154,47 @@ def test_an_optimizer_that_cannot_step_parts_shares_whatever_the_granularity(
     whole = share_multipliers(targets, directory, "parameter")
     assert [found[matrix] for matrix in fused] == [whole[matrix] for matrix in fused]
     assert found["block.1.attention.q"] == targets["block.1.attention.q"]
+
+
+ROUTER = "block.0.mlp.router"
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"fixed"}))
+def test_a_router_keeps_1_and_moves_no_other_matrix(policy: str) -> None:
+    """Its exponent would be the largest; asked for, it is a matrix like any other."""
+    config = LLRConfig(policy=policy)
+    without = targets_for(ALPHAS, config)
+    assert targets_for({**ALPHAS, ROUTER: 9.0}, config) == {**without, ROUTER: 1.0}
+    asked = targets_for({**ALPHAS, ROUTER: 9.0}, LLRConfig(policy=policy, router="policy"))
+    if policy in ("esd", "inverse"):
+        assert asked[ROUTER] == (5.0 if policy == "esd" else 1.0)
+        assert asked["block.1.mlp.up"] != without["block.1.mlp.up"]
+
+
+def test_a_role_table_may_name_the_router_if_the_policy_may_set_it(tmp_path: Path) -> None:
+    path = tmp_path / "roles.json"
+    path.write_text('{"router": 0.5, "up": 2, "expert.up": 3}')
+    alphas = {**ALPHAS, ROUTER: 9.0, "block.1.mlp.expert.7.up": 2.0}
+    with pytest.raises(ValueError, match="add --llr-router policy"):
+        targets_for(alphas, LLRConfig(policy="fixed", role_table=str(path)))
+    found = targets_for(alphas, LLRConfig(policy="fixed", role_table=str(path), router="policy"))
+    assert found == {
+        "block.0.mlp.up": 2.0,
+        "block.0.mlp.down": 1.0,
+        "block.1.mlp.up": 2.0,
+        ROUTER: 0.5,
+        "block.1.mlp.expert.7.up": 3.0,
+    }
+
+
+@pytest.mark.parametrize("granularity", ["role", "block"])
+def test_what_is_held_at_1_takes_no_part_in_its_block(granularity: str) -> None:
+    names = ["block.0.mlp.router", "block.1.mlp.router", "block.0.mlp.up", "block.1.mlp.up"]
+    directory = {name: info(name, name, 128) for name in names}
+    targets = dict(zip(names, (1.0, 1.0, 2.0, 4.0), strict=True))
+    held = held_at_one(directory, LLRConfig())
+    assert held == set(names[:2])
+    found = share_multipliers(targets, directory, granularity, held=held)
+    expected = (3.0, 3.0) if granularity == "role" else (2.0, 4.0)
+    assert tuple(found.values()) == (1.0, 1.0, *expected)
+    assert held_at_one(directory, LLRConfig(router="policy")) == set()

@@ -1,0 +1,104 @@
+"""Where the blocks of a model are: name of a layer's module -> what its matrix ids begin with.
+
+Block numbers are global: pipeline stages, virtual stages and custom layouts are resolved by
+Megatron's own layer numbers.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LAYER = re.compile(r"^decoder\.layers\.\d+$")
+_PREDICTION = re.compile(r"^mtp\.layers\.\d+$")
+_INNER = "mtp_model_layer"
+
+# What a layer of a hybrid model is, by its letter in `--hybrid-layer-pattern`
+# (megatron/core/models/hybrid/hybrid_layer_allocation.py), in the words of matrix ids.
+_MIXERS = {"M": "mamba", "G": "attention", "*": "attention", "D": "attention", "+": "attention"}
+_KINDS = {**_MIXERS, "-": "mlp", "E": "mlp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A layer, as matrix ids see it.
+
+    Attributes:
+        prefix: what its ids begin with: `block.3`, `mtp.0`.
+        ordinal: 2 in the second layer of its kind within the prefix, whose ids say `mlp2`.
+    """
+
+    prefix: str
+    ordinal: int = 1
+
+    def name(self, tail: str) -> str:
+        """Id of a weight, or its beginning: `block.3.mlp.expert.5` from `mlp.expert.5`."""
+        kind, dot, rest = tail.partition(".")
+        numbered = kind if self.ordinal == 1 else f"{kind}{self.ordinal}"
+        return f"{self.prefix}.{numbered}{dot}{rest}"
+
+
+def hybrid_scopes(letters: str, prefix: str | None = None) -> list[Scope]:
+    """The layers of a hybrid model: a block begins at every mixer, the others belong to the last.
+
+    Layers before the first mixer belong to the first block.
+
+    Args:
+        letters: one for every layer of the whole model, pipeline stages joined.
+        prefix: what all of them belong to, instead of blocks.
+    """
+    scopes: list[Scope] = []
+    block, seen = 0, Counter[str]()
+    for letter in letters:
+        if letter in _MIXERS and prefix is None and not seen.keys().isdisjoint(_MIXERS.values()):
+            block, seen = block + 1, Counter[str]()
+        seen[_KINDS[letter]] += 1
+        scopes.append(Scope(prefix or f"block.{block}", seen[_KINDS[letter]]))
+    return scopes
+
+
+def find_scopes(model: Any) -> dict[str, Scope]:
+    """Name of every layer in a chunk -> its scope.
+
+    Args:
+        model: GPTModel or HybridModel, unwrapped.
+    """
+    # GPTModel has no pattern: every layer is a block.
+    main, *predictions = (getattr(model, "hybrid_layer_pattern", None) or "").split("/")
+    hybrid = hybrid_scopes(main.replace("|", ""))
+    found: dict[str, Scope] = {}
+    for name, module in model.named_modules():
+        if _LAYER.match(name):
+            # layer_number counts from 1, over all stages.
+            number = int(module.layer_number) - 1
+            found[name] = hybrid[number] if hybrid else Scope(f"block.{number}")
+        elif _PREDICTION.match(name):
+            prefix = f"mtp.{int(module.layer_number) - 1}"
+            found[name] = Scope(prefix)
+            found.update(_inner_scopes(name, prefix, predictions))
+    return found
+
+
+def _inner_scopes(name: str, prefix: str, predictions: Sequence[str]) -> Mapping[str, Scope]:
+    inner = f"{name}.{_INNER}"
+    if not predictions:
+        return {inner: Scope(prefix)}
+    scopes = hybrid_scopes(predictions[0], prefix)
+    return {f"{inner}.layers.{index}": scope for index, scope in enumerate(scopes)}
+
+
+def split_name(name: str, scopes: Mapping[str, Scope]) -> tuple[Scope, str] | None:
+    """The innermost layer that holds a weight, and the weight's name below it; None outside.
+
+    Args:
+        name: name of the weight in the chunk.
+        scopes: as `find_scopes` gives them.
+    """
+    end = name.rfind(".")
+    while end > 0:
+        scope = scopes.get(name[:end])
+        if scope is not None:
+            return scope, name[end + 1 :]
+        end = name.rfind(".", 0, end)
+    return None
