@@ -19,7 +19,7 @@ from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.optim.masters import leaf_optimizers, masters_of
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
-from megatron_llr.ranks import gather_objects, require_equal, together
+from megatron_llr.ranks import gather_distinct, gather_objects, require_equal, together
 from megatron_llr.sharding.catalog import build_catalog, require_known
 from megatron_llr.sharding.directory import build_directory
 from megatron_llr.sharding.shard import MatrixShard
@@ -200,7 +200,7 @@ def attach(
     catalog = _place_weights(model_chunks, config, vocab_size)
     directory = build_directory(catalog)
     inseparable: dict[str, str] = {}
-    for reported in gather_objects(groups.inseparable):
+    for reported in gather_distinct(groups.inseparable):
         inseparable.update(reported)
     if inseparable and config.granularity == "projection":
         say(

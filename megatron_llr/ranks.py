@@ -1,6 +1,8 @@
 """Agreement between ranks: an error on one is the same error on all, and none of them hangs."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from megatron_llr.errors import first_line, topology_error
 
 # Values and ranks that an error spells out.
 _SPELT = 4
+_AGREEMENT = "an agreement of all ranks"
 
 
 @contextlib.contextmanager
@@ -42,9 +45,33 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    with exchange("an agreement of all ranks"):
+    with exchange(_AGREEMENT):
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_distinct(value: Any) -> list[Any]:
+    """The value of every rank of the job, in rank order; equal ones travel and are kept once.
+
+    For long lists that many ranks share, replicas above all. Enter on all ranks.
+
+    Args:
+        value: plain JSON values; tuples arrive as lists.
+
+    Returns:
+        One value per rank; ranks that brought the same get the same object.
+    """
+    text = json.dumps(value)
+    digests = gather_objects(hashlib.sha256(text.encode()).hexdigest())
+    found: dict[str, Any] = {}
+    for rank, digest in enumerate(digests):
+        if digest not in found:
+            box = [text]
+            if len(digests) > 1:
+                with exchange(_AGREEMENT):
+                    dist.broadcast_object_list(box, src=rank)
+            found[digest] = json.loads(box[0])
+    return [found[digest] for digest in digests]
 
 
 def together[Result](step: Callable[[], Result]) -> Result:
@@ -93,6 +120,9 @@ def require_equal(values: Mapping[str, Any], remedy: Callable[[str], str]) -> No
         RuntimeError: naming the first setting that differs, its values with their ranks, and the
             other settings that differ.
     """
+    # Where all agree, as they should, only a digest travels.
+    if len(set(gather_objects(hashlib.sha256(repr(values).encode()).hexdigest()))) == 1:
+        return
     by_rank: Sequence[Mapping[str, Any]] = gather_objects(dict(values))
     # In the order of rank 0, whose settings others may lack.
     known = dict.fromkeys(setting for given in by_rank for setting in given)

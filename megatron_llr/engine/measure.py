@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_llr.config import LLRConfig
 from megatron_llr.engine.assignment import assign_owners
 from megatron_llr.engine.exchange import (
+    all_gather_in_batches,
     all_gather_rows,
     batches,
     cut,
@@ -46,7 +47,8 @@ class Measurement:
 
     Attributes:
         table: record of every measured matrix, in directory order.
-        spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU.
+        spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU; empty on
+            ranks that do not read them.
         seconds: wall time on this rank.
     """
 
@@ -118,8 +120,11 @@ class SpectrumEngine:
         self._error: Exception | None = None
         self._device = shards[0].parameter.device if shards else torch.device("cpu")
 
-    def measure(self) -> Measurement:
+    def measure(self, readers: Collection[int] | None = None) -> Measurement:
         """Compute every spectrum once, share the results. Enter on all ranks.
+
+        Args:
+            readers: global ranks that get the singular values, by default all; the same everywhere.
 
         Raises:
             RuntimeError: on every rank, if any rank ran out of memory or lost its device; on those
@@ -139,10 +144,13 @@ class SpectrumEngine:
             with self._kept_for_later(matrix):
                 records[matrix] = self._record(spectrum)
         raise_together(self._error)
+        everyone = range(dist.get_world_size())
         with exchange("a measurement"):
             table = self._share_records(records)
-            spectra_everywhere = self._share_singular_values(owned, table)
-        return Measurement(table, spectra_everywhere, time.perf_counter() - started)
+            shared = self._share_singular_values(
+                owned, table, everyone if readers is None else readers
+            )
+        return Measurement(table, shared, time.perf_counter() - started)
 
     def _sources(self) -> Iterator[list[MatrixShard]]:
         """Shards of every group; over the fp32 weights where those are to be measured."""
@@ -236,16 +244,17 @@ class SpectrumEngine:
         return {matrix: table[matrix] for matrix in self.owners}
 
     def _share_singular_values(
-        self, spectra: dict[str, Spectrum], table: SpectrumTable
+        self, spectra: dict[str, Spectrum], table: SpectrumTable, readers: Collection[int]
     ) -> dict[str, torch.Tensor]:
+        """Singular values of all matrices on the readers; nothing travels if there are none."""
+        if not readers:
+            return {}
         owned = self._owned_by_rank
-        counts = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
+        sizes = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
         mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
-        empty = torch.empty(0, dtype=torch.float64, device=self._device)
-        shared = all_gather_rows(
-            torch.cat([empty, *mine]).unsqueeze(1), [sum(count) for count in counts]
-        )
-        values: dict[str, torch.Tensor] = {}
-        for matrices, count, part in zip(owned, counts, shared, strict=True):
-            values.update(zip(matrices, part.squeeze(1).cpu().split(count), strict=True))
-        return {matrix: values[matrix] for matrix in self.owners}
+        found: dict[str, torch.Tensor] = {}
+        for rank, which, values in all_gather_in_batches(mine, sizes, self._device):
+            if dist.get_rank() in readers:
+                parts = values.cpu().split(sizes[rank][which])
+                found.update(zip(owned[rank][which], parts, strict=True))
+        return {matrix: found[matrix] for matrix in self.owners if matrix in found}

@@ -1,9 +1,9 @@
 """The script with a fault: rank 1 dies, or stands still, in the middle of a measurement.
 
-Usage: faulty.py SIGNAL EXCHANGE <flags of pretrain_gpt_llr.py>
+Usage: faulty.py SIGNAL MEASUREMENT <flags of pretrain_gpt_llr.py>
 
-SIGNAL is what rank 1 sends to itself (`SIGKILL`, `SIGSTOP`), in the all-gather of that number; a
-measurement has two, of records and of singular values.
+SIGNAL is what rank 1 sends to itself (`SIGKILL`, `SIGSTOP`) in the measurement of that number, from
+1, where the ranks share their records.
 """
 
 import os

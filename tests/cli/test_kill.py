@@ -213,10 +213,10 @@ def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_within_a_measurement_ends_the_job(unbroken: Job, tmp_path: Path) -> None:
-    """Rank 1, between the two all-gathers of the measurement before update 80, the third."""
+    """Rank 1, before it shares its records in the measurement before update 80, the third."""
     job, faulty = Job(tmp_path, ""), Job(tmp_path, "")
     script = faulty.command.index("pretrain_gpt_llr.py")
-    faulty.command[script : script + 1] = [str(FAULTY), "SIGKILL", "6"]
+    faulty.command[script : script + 1] = [str(FAULTY), "SIGKILL", "3"]
     printed = faulty.fail()
     assert "broke off during a measurement: got RuntimeError: " in printed
     assert "look for the first error of the other ranks: one of them died" in printed
@@ -238,7 +238,7 @@ def test_a_rank_that_stands_still_is_noticed_when_the_time_is_up() -> None:
     # Without torchrun, which would wait half a minute for the one that cannot end.
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(FAULTY), "SIGSTOP", "5", *MODEL, *flags],
+            [sys.executable, str(FAULTY), "SIGSTOP", "3", *MODEL, *flags],
             cwd=ROOT,
             env={
                 **environment(),
