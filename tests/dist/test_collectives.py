@@ -5,12 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import train
+from layouts import LAYOUTS
 
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.ranks import gather_objects
@@ -136,6 +138,7 @@ def _same(call: Call, waiting: Sequence[Call]) -> bool:
 _TP2, _PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 _OVERLAP = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _MEASURED, _MASTER = "--llr-embedding measured", "--llr-spectrum-source master"
+_FLAGS = {layout.name: layout.flags for layout in LAYOUTS}
 # (world size, flags, collectives that are issued beside those that all have)
 _RUNS: dict[str, tuple[int, str, list[set[str]]]] = {
     "tp2": (2, _TP2, [_ALL_TO_ALL]),
@@ -144,6 +147,9 @@ _RUNS: dict[str, tuple[int, str, list[set[str]]]] = {
     "vpp2-tied": (2, f"{_PP2} --num-virtual-stages-per-pipeline-rank 2 {_MEASURED}", []),
     "dp2": (2, "", []),
     "dp2-overlap": (2, f"{_OVERLAP} {_MASTER}", [_ALL_TO_ALL, _OVERLAPPED_GATHER]),
+    "tp2-ep2-moe": (2, f"{_FLAGS['tp2-ep2-moe']} --llr-router policy", [_ALL_TO_ALL]),
+    "ep2-moe": (2, f"{_FLAGS['ep2-moe-distopt-bf16']} {_MASTER}", [_ALL_TO_ALL]),
+    "tp2-ep2-etp2-moe": (4, _FLAGS["tp2-ep2-etp2-moe"], [_ALL_TO_ALL]),
     "tp2-pp2": (4, f"{_TP2} {_PP2} {_MEASURED}", [_ALL_TO_ALL]),
     "tp2-dp2-overlap": (4, f"{_TP2} {_OVERLAP} {_MASTER}", [_ALL_TO_ALL, _OVERLAPPED_GATHER]),
 }
@@ -152,7 +158,7 @@ _RUNS: dict[str, tuple[int, str, list[set[str]]]] = {
 @pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("name", _RUNS)
 def test_every_member_enters_the_same_collectives_in_the_same_order(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch, shared_dir: Path
 ) -> None:
     """Two measurements and four steps with a log, as the real loop issues them."""
     world_size, flags, own = _RUNS[name]
@@ -160,7 +166,8 @@ def test_every_member_enters_the_same_collectives_in_the_same_order(
         pytest.skip(f"needs world size {world_size}")
     recorder = Recorder()
     recorder.install(monkeypatch)
-    run = train(flags, "--exit-interval 4 --llr-log-relative-update", tied="tied" in name)
+    log = f"--llr-log-relative-update --llr-log-dir {shared_dir}"
+    run = train(flags, f"--exit-interval 4 {log}", tied="tied" in name)
     monkeypatch.undo()
     assert run.controller.alphas
     told: list[list[Call]] = gather_objects(recorder.calls)
