@@ -7,7 +7,8 @@ A Megatron mixture of experts (SequentialMLP) on the library route: by default 1
 of 11 blocks, hidden 64, expert ffn 96, so that a matrix has 64 eigenvalues. On several ranks
 `--layout` says what they share: `expert` (each its part of the experts), `tensor` (a part of every
 matrix), `replica` (all hold all). Optimizer steps are timed in turn with plain Megatron's in the
-same run: in a ramp, in which all multipliers move, and after it, when they stand.
+same run, in processor time: in a ramp, in which all multipliers move, and after it, when they
+stand.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def say(line: str) -> None:
 
 
 def time_steps(controller: LayerwiseController, optimizer: Any) -> None:
-    """Print steps with layer groups over plain ones, in a ramp and after it."""
+    """Print steps with layer groups over plain ones, in a ramp and after it: processor time."""
     inner = optimizer.llr_layer_groups._inner
     ramp = controller.config.ramp_iters
     spent: dict[tuple[str, str], list[float]] = {}
@@ -157,14 +158,14 @@ def time_steps(controller: LayerwiseController, optimizer: Any) -> None:
             kept = [each.multipliers for each in inner]
             for each in inner if kind == "plain" else []:
                 each.multipliers = {}
-            begun = time.perf_counter()
+            begun = time.process_time()
             optimizer.step()
-            spent.setdefault((phase, kind), []).append(time.perf_counter() - begun)
+            spent.setdefault((phase, kind), []).append(time.process_time() - begun)
             for each, multipliers in zip(inner, kept, strict=True):
                 each.multipliers = multipliers
-        begun = time.perf_counter()
+        begun = time.process_time()
         controller.after_update()
-        spent.setdefault((phase, "after_update"), []).append(time.perf_counter() - begun)
+        spent.setdefault((phase, "after_update"), []).append(time.process_time() - begun)
     for phase in ("in a ramp", "settled"):
         median = {
             kind: 1e3 * statistics.median(found[2:])
