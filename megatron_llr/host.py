@@ -79,8 +79,16 @@ from megatron.core.rerun_state_machine import (  # noqa: E402
     get_rerun_state_machine,
 )
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
+    get_mtp_ranks,
+    mtp_on_this_rank,
+)
+from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: E402
+    PipelineParallelLayerLayout,
+)
 from megatron.core.utils import (  # noqa: E402
     get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
     unwrap_model,
 )
@@ -88,6 +96,7 @@ from megatron.training import get_args, get_timers, pretrain, print_rank_0  # no
 from megatron.training.argument_utils import (  # noqa: E402
     ArgumentGroupFactory,
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args  # noqa: E402
@@ -119,6 +128,7 @@ __all__ = [
     "ModelType",
     "OptimizerConfig",
     "OptimizerParamScheduler",
+    "PipelineParallelLayerLayout",
     "ProcessGroupCollection",
     "build_tokenizer",
     "check_version",
@@ -129,17 +139,21 @@ __all__ = [
     "destroy_rerun_state_machine",
     "get_args",
     "get_attr_wrapped_model",
+    "get_batch_on_this_cp_rank",
     "get_batch_on_this_tp_rank",
     "get_blend_and_blend_per_split",
     "get_megatron_optimizer",
+    "get_mtp_ranks",
     "get_rerun_state_machine",
     "get_tensorboard_writer",
     "get_timers",
     "get_wandb_writer",
     "gpt_config_from_args",
+    "hybrid_config_from_args",
     "is_first_or_last_pipeline_stage",
     "load_common_state_dict",
     "mpu",
+    "mtp_on_this_rank",
     "parse_and_validate_args",
     "parse_args",
     "pretrain",

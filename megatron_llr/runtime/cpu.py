@@ -63,6 +63,8 @@ class _CudaToCpu(TorchFunctionMode):
             return func(*args)
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
@@ -81,6 +83,10 @@ class _InertStream:
     def query(self) -> bool:
         """Whether all work is done: always."""
         return True
+
+    def record_event(self, *args: object) -> "_InertStream":
+        """An event that has happened."""
+        return self
 
     def elapsed_time(self, other: object) -> float:
         """Milliseconds between two events: not measured on CPU."""
@@ -221,6 +227,16 @@ def _substitute_megatron() -> None:
     distrib_module.USING_APEX_OPTIMIZER = True
     distrib_module.Adam = GroupStepAdamW
     _substitute_async_save()
+
+    # Each builds on what came before it.
+    from megatron_llr.runtime import cpu_collectives, cpu_layers
+
+    cpu_collectives.substitute()
+    cpu_layers.substitute()
+
+    from megatron_llr.runtime import cpu_hybrid
+
+    cpu_hybrid.substitute()
 
 
 def _substitute_async_save() -> None:

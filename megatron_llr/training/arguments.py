@@ -47,11 +47,6 @@ def config_from_args(args: Namespace) -> LLRConfig:
 # What this version has not learned, by the flag that asks for it: (attribute of args, the values
 # that are fine, flag).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("context_parallel_size", (1,), "--context-parallel-size"),
-    ("num_experts", (None,), "--num-experts"),
-    ("multi_latent_attention", (False,), "--multi-latent-attention"),
-    ("mtp_num_layers", (None, 0), "--mtp-num-layers"),
-    ("hybrid_layer_pattern", (None,), "--hybrid-layer-pattern"),
     ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
     ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
     ("heterogeneous_layers_config_encoded_json", (None, ""), "--heterogeneous-layers-config-*"),

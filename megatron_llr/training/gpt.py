@@ -1,11 +1,13 @@
-"""The GPT pretraining job on `megatron.training.pretrain`: batches, loss, datasets.
+"""The pretraining job on `megatron.training.pretrain`: batches, loss, datasets.
 
 The megatron-core wheel carries the training loop and no script that calls it; this is the part of
-such a script that every GPT job needs. Its meaning follows Megatron-LM's own GPT entry point.
+such a script that every job needs, of GPTModel and HybridModel alike. Its meaning follows
+Megatron-LM's own entry points.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -21,12 +23,34 @@ _VALIDATION_SEED = 1234
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
+def _layout() -> Any:
+    """What --pipeline-model-parallel-layout says; None without it."""
+    args = host.get_args()
+    if args.pipeline_model_parallel_layout is None:
+        return None
+    return host.PipelineParallelLayerLayout.from_str(
+        args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    )
+
+
+def _predicts_ahead_here(vp_stage: int | None) -> bool:
+    """Whether layers of multi-token prediction are on this stage: they want tokens and labels."""
+    here: bool = host.mtp_on_this_rank(
+        layout=_layout(),
+        mtp_num_layers=host.get_args().mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    return here
+
+
 def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
     """The batch of this microbatch on this rank; tensors of shape [micro batch, sequence].
 
-    Stages in the middle of the pipeline need none of it and get None throughout.
+    Under context parallelism [micro batch, sequence / ranks]: an early and a late piece for each
+    rank. Stages in the middle of the pipeline need none of it and get None throughout.
     """
-    if not host.is_first_or_last_pipeline_stage(vp_stage):
+    if not _uses_batch_here(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
     args = host.get_args()
     batch: dict[str, Any] = {}
@@ -44,16 +68,21 @@ def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Ba
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=host.mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=host.mpu.get_tensor_model_parallel_group(),
-        cp_size=1,
+        cp_size=args.context_parallel_size,
         tp_rank=host.mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=_predicts_ahead_here(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=host.mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=host.mpu.is_pipeline_last_stage(),
     )
-    return received
+    mine: Batch = host.get_batch_on_this_cp_rank(
+        {key: received[key] for key in _BATCH_KEYS},
+        is_hybrid_cp=False,
+        cp_group=host.mpu.get_context_parallel_group(),
+    )
+    return mine
 
 
 def _masked_loss(
@@ -101,9 +130,14 @@ def forward_step(
     return output, partial(_masked_loss, cast(torch.Tensor, batch["loss_mask"]))
 
 
+def _uses_batch_here(vp_stage: int | None) -> bool:
+    at_an_end: bool = host.is_first_or_last_pipeline_stage(vp_stage)
+    return at_an_end or _predicts_ahead_here(vp_stage)
+
+
 def _reads_data_here(vp_stage: int | None) -> bool:
     on_first_tensor_rank: bool = host.mpu.get_tensor_model_parallel_rank() == 0
-    return on_first_tensor_rank and host.is_first_or_last_pipeline_stage(vp_stage)
+    return on_first_tensor_rank and _uses_batch_here(vp_stage)
 
 
 def datasets_provider(
@@ -176,6 +210,15 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
-    """Ranks that hold word embeddings: the first stage, and the last where they are tied."""
-    tied = not host.get_args().untie_embeddings_and_output_weights
-    return sorted({pipeline_ranks[0], pipeline_ranks[-1]} if tied else {pipeline_ranks[0]})
+    """Ranks of one pipeline that hold word embeddings.
+
+    The first stage; where they are tied, the last; and the stages of multi-token prediction.
+    """
+    args = host.get_args()
+    layers_ahead = SimpleNamespace(
+        mtp_num_layers=args.mtp_num_layers, pipeline_model_parallel_layout=_layout()
+    )
+    holders = {pipeline_ranks[0], *host.get_mtp_ranks(pipeline_ranks, layers_ahead)}
+    if not args.untie_embeddings_and_output_weights:
+        holders.add(pipeline_ranks[-1])
+    return sorted(holders)

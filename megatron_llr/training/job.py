@@ -17,9 +17,15 @@ from megatron_llr.training.hooks import installed, use_prebuilt_dataset_helpers
 
 
 def run_loop(args: Namespace) -> None:
-    """Megatron's loop on a GPT model, from parsed flags; the extension has no part in it."""
+    """Megatron's loop, from parsed flags; the extension has no part in it.
+
+    The model is Megatron's HybridModel where --hybrid-layer-pattern says so, else its GPTModel.
+    """
+    from_args = (
+        host.hybrid_config_from_args if args.hybrid_layer_pattern else host.gpt_config_from_args
+    )
     host.pretrain(
-        host.pretrain_cfg_container_from_args(args, host.gpt_config_from_args(args)),
+        host.pretrain_cfg_container_from_args(args, from_args(args)),
         gpt.datasets_provider,
         host.ModelType.encoder_or_decoder,
         gpt.forward_step,

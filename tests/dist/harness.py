@@ -15,6 +15,9 @@ from megatron_llr.runtime import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
+
 from megatron_llr import host  # noqa: E402
 from megatron_llr.controller import LayerwiseController  # noqa: E402
 from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
@@ -27,11 +30,17 @@ remember()
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --seq-length 16 --max-position-embeddings 16 "
-    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
-    "--mock-data --tokenizer-type NullTokenizer "
-    "--vocab-size 250 --make-vocab-size-divisible-by 4 --micro-batch-size 1 --global-batch-size 2"
+    "--seq-length 16 --max-position-embeddings 16 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --vocab-size 250"
 ).split()
+
+DATA = (
+    "--mock-data --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 4 "
+    "--micro-batch-size 1 --global-batch-size 2"
+).split()
+
+# Megatron refuses it beside --multi-latent-attention.
+_GROUPED_QUERIES = "--group-query-attention --num-query-groups 2".split()
 
 TRAINING = (
     "--train-iters 8 --lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 2 --lr-decay-style cosine "
@@ -134,6 +143,9 @@ def clean_up() -> None:
     host.mpu.destroy_model_parallel()
     host.destroy_num_microbatches_calculator()
     host.destroy_rerun_state_machine()
+    # They keep process groups, on ranks that a later run may leave without such layers.
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
 
 
 @contextlib.contextmanager
@@ -210,6 +222,7 @@ def train(
     *flags: str,
     llr: bool = True,
     tied: bool = False,
+    model: str | None = None,
     on_update: OnUpdate | None = None,
     on_built: Callable[[Run], None] | None = None,
 ) -> Run:
@@ -219,6 +232,7 @@ def train(
         flags: further flags, each string may hold several.
         llr: with the extension, or plain Megatron.
         tied: whether the head is the embedding.
+        model: all flags of another model, instead of the small one's.
         on_update: called before and after every update, with the number of the update.
         on_built: called when model and optimizer stand, before the first measurement.
 
@@ -229,8 +243,13 @@ def train(
     run = Run()
     drop_groups()
     try:
-        untied = [] if tied else ["--untie-embeddings-and-output-weights"]
-        with _command_line([*MODEL, *untied, *TRAINING, *(LLR if llr else []), *extra]):
+        if model is None:
+            described = [*MODEL]
+            described += [] if "--multi-latent-attention" in extra else _GROUPED_QUERIES
+            described += [] if tied else ["--untie-embeddings-and-output-weights"]
+        else:
+            described = model.split()
+        with _command_line([*described, *DATA, *TRAINING, *(LLR if llr else []), *extra]):
             with _recorded(run, on_update, on_built), _stop(extra):
                 if llr:
                     job.pretrain()

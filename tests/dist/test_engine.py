@@ -154,10 +154,11 @@ def test_masters_are_measured_whole(layout: Layout) -> None:
             flat = master.tensor.detach().view(-1).clone()
             slices[id(master.parameter)] = (master.start, flat)
     # Put the fp32 copies in place of the weights, then read those whole.
-    replicas = host.process_groups(run.model).dp
+    groups = host.process_groups(run.model)
     for chunk in run.model:
         for parameter in host.unwrap_model(chunk).parameters():
             start, flat = slices.get(id(parameter), (0, torch.empty(0)))
+            replicas = groups.dp if getattr(parameter, "allreduce", True) else groups.expt_dp
             told: list[Any] = [None] * dist.get_world_size(replicas)
             dist.all_gather_object(told, (start, flat), group=replicas)
             whole = torch.empty(parameter.numel())
