@@ -16,7 +16,6 @@ from megatron_llr.engine import measure
 from megatron_llr.observe.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
 from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.ranks import together
-from megatron_llr.training import arguments
 from tests.reference import llr as reference
 
 FLAGS = next(iter(HERE)).flags
@@ -133,8 +132,6 @@ def test_blocks_and_roles_are_logged_instead_of_matrices(
     shared_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts of a block share rows; no spectrum travels; a resumed run may change the choice."""
-    trained = [row for row in arguments._UNSUPPORTED if row[0] != "num_experts"]
-    monkeypatch.setattr(arguments, "_UNSUPPORTED", trained)
     monkeypatch.setattr(controller, "_MANY", 20)
     gather = measure.all_gather_in_batches
     monkeypatch.setattr(measure, "all_gather_in_batches", None)
