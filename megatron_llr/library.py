@@ -157,6 +157,19 @@ def say(line: str) -> None:
     host.print_rank_0(f"[llr] {line}")
 
 
+def make_observer(config: LLRConfig, **kwargs: Any) -> Observer:
+    """The observer of this rank: the CSV files lie on rank 0.
+
+    Args:
+        config: `log_dir` and `log_matrices` are read.
+        kwargs: further arguments of `Observer`.
+    """
+    folder = config.log_dir if dist.get_rank() == 0 else None
+    by_role = config.log_matrices == "roles"
+    csv_log = CsvLog(folder, by_role=by_role) if folder else None
+    return Observer(say=say, csv_log=csv_log, by_role=by_role, **kwargs)
+
+
 def attach(
     model_chunks: list[torch.nn.Module],
     optimizer: Any,
@@ -186,8 +199,7 @@ def attach(
         RuntimeError: if settings differ between ranks.
     """
     if observer is None:
-        folder = config.log_dir if dist.get_rank() == 0 else None
-        observer = Observer(say=say, csv_log=CsvLog(folder) if folder else None)
+        observer = make_observer(config)
     require_same_settings(
         config,
         train_iters=total_updates,

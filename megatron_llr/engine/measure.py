@@ -100,6 +100,8 @@ class SpectrumEngine:
         ]
         self.owners = assign_owners(wanted)
         """Matrix id -> global rank that computes its spectrum, in directory order."""
+        self.readers: Collection[int] = range(dist.get_world_size())
+        """Global ranks that get the singular values, all at first; the same on every rank."""
         self._owned_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         for matrix, owner in self.owners.items():
             self._owned_by_rank[owner].append(matrix)
@@ -120,11 +122,8 @@ class SpectrumEngine:
         self._error: Exception | None = None
         self._device = shards[0].parameter.device if shards else torch.device("cpu")
 
-    def measure(self, readers: Collection[int] | None = None) -> Measurement:
+    def measure(self) -> Measurement:
         """Compute every spectrum once, share the results. Enter on all ranks.
-
-        Args:
-            readers: global ranks that get the singular values, by default all; the same everywhere.
 
         Raises:
             RuntimeError: on every rank, if any rank ran out of memory or lost its device; on those
@@ -144,12 +143,9 @@ class SpectrumEngine:
             with self._kept_for_later(matrix):
                 records[matrix] = self._record(spectrum)
         raise_together(self._error)
-        everyone = range(dist.get_world_size())
         with exchange("a measurement"):
             table = self._share_records(records)
-            shared = self._share_singular_values(
-                owned, table, everyone if readers is None else readers
-            )
+            shared = self._share_singular_values(owned, table)
         return Measurement(table, shared, time.perf_counter() - started)
 
     def _sources(self) -> Iterator[list[MatrixShard]]:
@@ -244,17 +240,17 @@ class SpectrumEngine:
         return {matrix: table[matrix] for matrix in self.owners}
 
     def _share_singular_values(
-        self, spectra: dict[str, Spectrum], table: SpectrumTable, readers: Collection[int]
+        self, spectra: dict[str, Spectrum], table: SpectrumTable
     ) -> dict[str, torch.Tensor]:
         """Singular values of all matrices on the readers; nothing travels if there are none."""
-        if not readers:
+        if not self.readers:
             return {}
         owned = self._owned_by_rank
         sizes = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
         mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
         found: dict[str, torch.Tensor] = {}
         for rank, which, values in all_gather_in_batches(mine, sizes, self._device):
-            if dist.get_rank() in readers:
+            if dist.get_rank() in self.readers:
                 parts = values.cpu().split(sizes[rank][which])
                 found.update(zip(owned[rank][which], parts, strict=True))
         return {matrix: found[matrix] for matrix in self.owners if matrix in found}

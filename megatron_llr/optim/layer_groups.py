@@ -239,6 +239,11 @@ class LayerGroups:
             )
 
     @property
+    def matrices(self) -> list[str]:
+        """Those of which this rank's optimizers step a part."""
+        return [matrix for inner in self._inner for matrix in inner.matrices]
+
+    @property
     def inseparable(self) -> dict[str, str]:
         """Matrix that must share its parameter's multiplier -> the optimizer that demands it."""
         return {
@@ -252,7 +257,7 @@ class LayerGroups:
     def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
         """Multipliers for the next update; a matrix that is not named has 1."""
         for inner in self._inner:
-            inner.multipliers = dict(multipliers)
+            inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
 
     def record_updates(self, shards: Sequence[MatrixShard]) -> None:
         """Make ready to record what a step changes; rows that the catalog leaves out do not count.
@@ -295,7 +300,7 @@ class LayerGroups:
             number of elements whose change was recorded.
         """
         index = {matrix: row for row, matrix in enumerate(matrices)}
-        sums = torch.zeros(len(matrices), 5, dtype=torch.float64)
+        known = [[0.0] * 5 for _ in matrices]
         cells: list[tuple[int, int]] = []
         squares: list[torch.Tensor] = []
         by_parameter = _by_parameter(shards)
@@ -306,14 +311,15 @@ class LayerGroups:
                 flat = master.tensor.detach().view(-1)
                 for matrix, ranges in _parts(master, by_parameter[id(master.parameter)]):
                     count = sum(last - first for first, last in ranges)
-                    sums[index[matrix], 1] += count
-                    sums[index[matrix], 2] += count * rate
+                    known[index[matrix]][1] += count
+                    known[index[matrix]][2] += count * rate
                     squares.append(square_sum(flat, ranges))
                     cells.append((index[matrix], 0))
             for matrix, count, changed in inner.recorder.take() if inner.recorder else ():
-                sums[index[matrix], 4] += count
+                known[index[matrix]][4] += count
                 squares.append(changed)
                 cells.append((index[matrix], 3))
+        sums = torch.tensor(known, dtype=torch.float64).view(-1, 5)
         if cells:
             rows, columns = torch.tensor(cells).unbind(1)
             sums.index_put_((rows, columns), torch.stack(squares).cpu(), accumulate=True)

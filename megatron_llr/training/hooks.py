@@ -11,7 +11,6 @@ from megatron_llr import host, library
 from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
-from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
 from megatron_llr.ranks import together
 from megatron_llr.training.same_start import draw_weights
@@ -86,10 +85,8 @@ class _Seams:
 
 def _observer(config: LLRConfig, log_interval: int) -> Observer:
     # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
-    folder = config.log_dir if dist.get_rank() == 0 else None
-    return Observer(
-        say=library.say,
-        csv_log=CsvLog(folder) if folder else None,
+    return library.make_observer(
+        config,
         tensorboard=host.get_tensorboard_writer(),
         wandb=host.get_wandb_writer(),
         log_interval=log_interval,

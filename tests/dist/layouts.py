@@ -44,7 +44,11 @@ _SP = f"{_TP2} --sequence-parallel"
 _EP2 = "--expert-model-parallel-size 2"
 _ETP1 = "--expert-tensor-parallel-size 1"
 _CP2 = "--context-parallel-size 2"
-_MOE, _MLA, _MTP = (MODELS[name].flags for name in ("moe-shared", "mla-q-lora", "mtp"))
+_MOE, _MLA, _MTP, _HYBRID = (
+    MODELS[name].flags for name in ("moe-shared", "mla-q-lora", "mtp", "hybrid")
+)
+
+_RESHARDABLE = f"--bf16 {_DISTRIBUTED} {_FULLY}"
 
 _PLAIN = "dist async torch"
 _SHARDED = "dist async fully fully-async torch"
@@ -73,6 +77,7 @@ LAYOUTS = (
     Layout("tp2-ep2-moe", 2, f"{_SP} {_EP2} {_ETP1} {_MOE}", "dist"),
     Layout("tp2-mla-bf16", 2, f"{_SP} {_MLA} --num-layers 2 --bf16", "dist"),
     Layout("pp2-mtp", 2, f"{_PP2} {_MTP}", "dist"),
+    Layout("tp2-hybrid", 2, f"{_SP} {_HYBRID}", "dist"),
     Layout("tp2-pp2", 4, f"{_TP2} {_PP2}", "dist async"),
     Layout("tp2-pp2-bf16", 4, f"{_TP2} {_PP2} --bf16", "dist torch"),
     Layout("tp2-dp2-overlap-bf16", 4, f"{_TP2} --bf16 {_OVERLAP}", "dist async fully torch"),
@@ -80,6 +85,7 @@ LAYOUTS = (
     Layout("pp2-dp2-distopt", 4, f"{_PP2} {_DISTRIBUTED}", _SHARDED_FP32),
     Layout("tp2-ep2-etp2-moe", 4, f"{_SP} {_EP2} {_MOE}", "dist"),
     Layout("pp2-ep2-moe-distopt-bf16", 4, f"{_PP2} {_EP2} {_MOE} --bf16 {_DISTRIBUTED}", "fully"),
+    Layout("tp2-pp2-hybrid-distopt-bf16", 4, f"{_SP} {_PP2} {_HYBRID} {_RESHARDABLE}", "fully"),
     Layout("tp2-cp2-mla", 4, f"{_TP2} {_CP2} {_MLA} --num-layers 2", "dist"),
 )
 
@@ -88,7 +94,6 @@ _WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 HERE = [layout for layout in LAYOUTS if layout.world_size == _WORLD_SIZE]
 """Those that fill the world size of this launch."""
 
-_RESHARDABLE = f"--bf16 {_DISTRIBUTED} {_FULLY}"
 
 RESHARDED = [
     pytest.param(before, after, id=name)

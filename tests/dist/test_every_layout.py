@@ -26,6 +26,10 @@ def _pipelines(model: Model, stages: int) -> Iterator[str]:
     if stages == 1:
         yield ""
         return
+    if model.pattern:
+        if len(model.pattern) % stages == 0:
+            yield size
+        return
     if model.blocks % stages == 0:
         yield size
     if model.blocks % (2 * stages) == 0:
@@ -42,7 +46,8 @@ def fitting(model: Model, ranks: int) -> list[str]:
     """Flags of every layout of Megatron's that the model has on so many ranks."""
     found = []
     for tensor, stages, context in ((t, p, c) for t in (1, 2, 4) for p in (1, 2, 4) for c in (1, 2)):
-        if ranks % (tensor * stages * context) or model.heads % tensor:
+        mixers = model.mamba_groups if "M" in model.pattern else model.heads
+        if ranks % (tensor * stages * context) or model.heads % tensor or mixers % tensor:
             continue
         flags = [f"--global-batch-size {2 * ranks}"]
         if tensor > 1:
@@ -71,12 +76,19 @@ def _expert_layouts(model: Model, ranks: int, tensor: int) -> Iterator[str]:
                 )
 
 
+# Every pipeline stage has experts where any has some: Megatron 0.19.2 logs their losses with
+# collectives of unequal size otherwise.
+PATTERNS = ("", "", "", "M-*-", "*--M", "ME*E", "*EME-EEM")
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Model:
     """Widths of 64 and more, so that some matrices are measured; 48 is too small to be."""
     heads = draw(st.sampled_from([4, 8]))
-    experts = draw(st.sampled_from([0, 0, 4, 8]))
-    latent_attention = draw(st.booleans())
+    pattern = draw(st.sampled_from(PATTERNS))
+    experts = draw(st.sampled_from([4, 8] if "E" in pattern else [0, 0, 4, 8]))
+    experts = 0 if pattern and "E" not in pattern else experts
+    latent_attention = not pattern and draw(st.booleans())
     blocks = draw(st.integers(1, 4))
     shared = draw(st.sampled_from([0, 48, 96])) if experts else 0
     return Model(
@@ -93,10 +105,13 @@ def models(draw: st.DrawFn) -> Model:
         moe_every=draw(st.sampled_from([n for n in (1, 2) if blocks % n == 0])),
         shared=shared,
         shared_gate=bool(shared) and draw(st.booleans()),
+        latent=draw(st.sampled_from([0, 0, 64])) if experts else 0,
         mla=latent_attention,
         q_lora=draw(st.sampled_from([0, 64])),
         kv_lora=draw(st.sampled_from([48, 64])),
         predictions=draw(st.sampled_from([0, 0, 1, 2])),
+        pattern=pattern,
+        prediction_pattern="*E-" if experts else "*-",
     )
 
 

@@ -152,7 +152,9 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
             assert chosen.numel() > 0 or mask.sum() < 200
             assert torch.allclose(chosen, torch.full_like(chosen, expected), rtol=2e-2), matrix
             if chosen.numel():
-                assert float(chosen.median()) == pytest.approx(expected, rel=1e-3), matrix
+                # What is no matrix may be large, as Mamba's A_log: rounding shows more.
+                tolerance = 1e-3 if matrix else 5e-3
+                assert float(chosen.median()) == pytest.approx(expected, rel=tolerance), matrix
             checked.append(update)
 
     # A decay that a wrong factor would show: a tenth of the weight at rate 1.

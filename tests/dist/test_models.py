@@ -1,6 +1,7 @@
-"""Megatron's own models and layouts without the extension: that all of them train, and agree.
+"""Megatron's models on its layouts: all of them train, and agree on losses and on multipliers.
 
-What the other tests say of the extension they say on these runs.
+The weights of a model are those of one layout, brought to the others by Megatron's own checkpoint
+code: what the catalog says of where a matrix lies is checked against what Megatron says.
 """
 
 import math
@@ -8,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from harness import Run, train
 from megatron.core import dist_checkpointing
 
 from megatron_llr import host
+from megatron_llr.ranks import gather_objects
 from tests.dist.models import LAYOUTS, MODELS
+from tests.reference import llr as reference
 
 
 def _state(run: Run) -> dict[str, object]:
@@ -23,11 +27,8 @@ def _state(run: Run) -> dict[str, object]:
     }
 
 
-def _start_of(folder: Path) -> Callable[[Run], None]:
-    def save(run: Run) -> None:
-        dist_checkpointing.save(_state(run), str(folder))
-
-    return save
+def _save(run: Run, folder: Path) -> None:
+    dist_checkpointing.save(_state(run), str(folder))
 
 
 def _start_from(folder: Path) -> Callable[[Run], None]:
@@ -42,21 +43,33 @@ def _start_from(folder: Path) -> Callable[[Run], None]:
 
 @pytest.mark.world_size(2, 4)
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.here()])
-def test_every_layout_of_a_model_gives_the_losses_of_whole_weights(
-    name: str, shared_dir: Path
-) -> None:
+def test_every_layout_of_a_model_does_what_whole_weights_do(name: str, shared_dir: Path) -> None:
+    """Invariant 2: exponents and multipliers are those that one process finds on whole weights."""
     model = MODELS[name]
+    weights: dict[str, torch.Tensor] = {}
     first, *others = model.here()
 
     def run(layout: str, on_built: Callable[[Run], None]) -> Run:
-        flags = ("--train-iters 3", model.flags, LAYOUTS[layout].flags)
-        return train(*flags, llr=False, tied=model.tied, on_built=on_built)
+        flags = ("--train-iters 3 --lr 4e-4 --min-lr 4e-5", model.flags, LAYOUTS[layout].flags)
+        return train(*flags, tied=model.tied, on_built=on_built)
 
-    whole = run(first, _start_of(shared_dir))
+    def start(run: Run) -> None:
+        weights.update(run.whole_weights())
+        _save(run, shared_dir)
+
+    whole = run(first, start)
+    alphas, multipliers = reference.multipliers(weights, 1.0, 5.0, ("embedding", "head"))
+    assert whole.alphas == pytest.approx(alphas, rel=1e-5)
+    assert whole.multipliers == pytest.approx(multipliers, rel=1e-5)
     assert len(whole.losses) == 3
     assert all(abs(loss - math.log(256)) < 0.5 for loss in whole.losses)
     for other in others:
-        losses = run(other, _start_from(shared_dir)).losses
+        found = run(other, _start_from(shared_dir))
+        told = gather_objects((found.alphas, found.multipliers))
+        assert all(rank == told[0] for rank in told), other
+        assert found.alphas == pytest.approx(alphas, rel=1e-5), other
+        assert found.multipliers == pytest.approx(multipliers, rel=1e-5), other
+        losses = found.losses
         # Adam's first updates are the signs of gradients: rounding flips some that are next to 0.
         assert losses[:2] == pytest.approx(whole.losses[:2], abs=1e-5), other
         assert losses[2] == pytest.approx(whole.losses[2], abs=5e-4), other

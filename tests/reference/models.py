@@ -137,8 +137,8 @@ class Model:
                 blocks.append(self._attention() if letter == "*" else self._mamba())
                 continue
             found = self._moe() if letter == "E" else self._mlp(self.ffn, self.hidden)
-            second = any(name.startswith("mlp.") for name in blocks[-1])
-            blocks[-1].update(_prefixed("mlp2." if second else "mlp.", found))
+            before = len({name.split(".")[0] for name in blocks[-1]} - {"attention", "mamba"})
+            blocks[-1].update(_prefixed(f"mlp{before + 1}." if before else "mlp.", found))
         return blocks
 
     def _attention(self) -> dict[str, Shape]:
