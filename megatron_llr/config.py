@@ -18,6 +18,7 @@ EMBEDDING_POLICIES = ("max", "one", "measured")
 ROUTER_POLICIES = ("one", "policy")
 SPECTRUM_SOURCES = ("model", "master")
 SPECTRA = ("exact", "sharded", "farms")
+LOG_MATRICES = ("all", "roles")
 DEVICES = ("auto", "cuda", "cpu")
 
 # Fields that give a saved state its meaning; the rest may change between runs.
@@ -151,6 +152,11 @@ class LLRConfig:
     update changed over the norm of the weights. Costs a copy of the weights that a rank's optimizer
     steps (4 bytes each in fp32), for the duration of such an update."""
 
+    log_matrices: str = "all"
+    """What has rows in the CSV files, curves, and a line of --llr-dry-run: all (every matrix by
+    itself) or roles (every role of every block: the experts of a block by mean, minimum and
+    maximum; singular values are not kept). For models of thousands of experts."""
+
     skip_unknown: bool = False
     """Train weights that this package cannot name at multiplier 1, and say which, instead of
     refusing the model."""
@@ -192,6 +198,7 @@ class LLRConfig:
             "spectrum": SPECTRA,
             "spectrum_source": SPECTRUM_SOURCES,
             "router": ROUTER_POLICIES,
+            "log_matrices": LOG_MATRICES,
             "device": DEVICES,
         }
         for field, allowed in choices.items():

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,17 +10,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_llr import state
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, flag
 from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import MatrixRates, Observer
-from megatron_llr.observe.summary import matrix_table, role_table
+from megatron_llr.observe.summary import block_table, by_role, matrix_table, role_table
 from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, held_at_one, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
-from megatron_llr.ranks import require_equal, together
-from megatron_llr.records import Directory
+from megatron_llr.ranks import exchange, gather_objects, require_equal, together
+from megatron_llr.records import Directory, role_of
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.sharding.shard import MatrixShard
+
+# From so many matrices on the log names the flag that makes it shorter.
+_MANY = 2000
 
 
 class LayerwiseController:
@@ -64,6 +68,7 @@ class LayerwiseController:
         self._document: dict[str, Any] | None = None
         self._alphas: dict[str, float] = {}
         self._last_measured: float | None = None
+        self._rates_read = False
         if config.log_relative_update:
             layer_groups.record_updates(catalog)
 
@@ -83,11 +88,15 @@ class LayerwiseController:
 
     def role_summary(self) -> str:
         """A table per role: mean exponent, range of multipliers."""
-        return role_table(self._alphas, self.multipliers)
+        counts = Counter(role_of(matrix) for matrix in self.directory)
+        return role_table(counts, by_role(self._alphas), by_role(self.multipliers))
 
     def describe(self) -> str:
-        """A table of every matrix: id, role, shape, shards, owner, multiplier."""
-        return matrix_table(self.directory, self._engine.owners, self.multipliers)
+        """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as
+        `config.log_matrices` says, of every block and role.
+        """
+        table = block_table if self.config.log_matrices == "roles" else matrix_table
+        return table(self.directory, self._engine.owners, self.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """The state document: plain JSON values, identical on every rank.
@@ -127,14 +136,24 @@ class LayerwiseController:
             iteration: updates done before this run, where it was not known to `attach`.
 
         Raises:
-            ValueError: if the window for measurements has passed, or the log folder is unusable.
+            ValueError: if the window for measurements has passed.
+            RuntimeError: if the log folder is unusable, or ranks stand at different updates or have
+                different states.
         """
         assert self._schedule is None, "prepare() was called twice"
         if iteration is not None:
             self.next_update = iteration + 1
         if self._document is not None:
             self.next_update = int(self._document["next_update"])
+        self._ask_who_reads()
         s, resumed = self.next_update, self._document is not None
+        require_equal(
+            {
+                "the number of the next update": s,
+                "the extension's state in the checkpoint": state.digest(self._document),
+            },
+            lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
+        )
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
@@ -146,8 +165,20 @@ class LayerwiseController:
             self._schedule = MultiplierSchedule.resume(self.config, self._document["schedule"])
             saved = self._document["alphas"]
             self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
-        self._layer_groups.set_multipliers(self.multipliers)
-        self._layer_groups.arm(record=self._logged(self.next_update))
+        self._set_multipliers()
+
+    def _ask_who_reads(self) -> None:
+        """Learn what any rank writes: what nobody reads is neither worked out nor sent."""
+        observer = self._observer
+        told = gather_objects((observer.writes, observer.reads_spectra))
+        self._rates_read = any(writes for writes, _ in told)
+        self._engine.readers = [rank for rank, (_, reads) in enumerate(told) if reads]
+        every_matrix = self._rates_read and self.config.log_matrices == "all"
+        if every_matrix and len(self.directory) > _MANY:
+            observer.say(
+                f"{len(self.directory)} matrices, each with rows and curves of its own; "
+                f"{flag('log_matrices')} roles logs blocks and roles instead"
+            )
 
     def after_update(self) -> None:
         """Count a successful update; measure if one is due. Enter on all ranks."""
@@ -157,12 +188,19 @@ class LayerwiseController:
             self._observe_rates(done)
         if self._schedule.due(self.next_update):
             self._measure()
-        if not self._schedule.settled(self.next_update):
-            self._layer_groups.set_multipliers(self.multipliers)
+        self._set_multipliers(moved=not self._schedule.settled(self.next_update))
+
+    def _set_multipliers(self, *, moved: bool = True) -> None:
+        """Make ready for the next update."""
+        assert self._schedule is not None
+        if moved:
+            here = self._layer_groups.matrices
+            now = self._schedule.multipliers(self.next_update, here)
+            self._layer_groups.set_multipliers(now)
         self._layer_groups.arm(record=self._logged(self.next_update))
 
     def _logged(self, update: int) -> bool:
-        return update % self._observer.log_interval == 0
+        return self._rates_read and update % self._observer.log_interval == 0
 
     def _measure(self) -> None:
         """Measure before the next update, and hand its targets to the schedule."""
@@ -225,10 +263,13 @@ class LayerwiseController:
     def _observe_rates(self, done: int) -> None:
         """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
         assert self._schedule is not None
-        used = self._schedule.multipliers(done)
         matrices = list(self.directory)
         sums = self._layer_groups.local_sums(self._catalog, matrices, self._device)
-        dist.all_reduce(sums)
+        with exchange("the log of learning rates"):
+            dist.all_reduce(sums)
+        if not self._observer.writes:
+            return
+        used = self._schedule.multipliers(done)
         rates: dict[str, MatrixRates] = {}
         for matrix, (squares, count, weighted_rate, changes, recorded) in zip(
             matrices, sums.tolist(), strict=True

@@ -6,6 +6,11 @@ def message(what: str, *, got: object, allowed: str, remedy: str) -> str:
     return f"megatron_llr: {what}: got {got}; allowed: {allowed}; {remedy}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows in further lines."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def user_error(what: str, *, got: object, allowed: str, remedy: str) -> ValueError:
     """An error that a user mends by changing a flag, a file or an installed package."""
     return ValueError(message(what, got=got, allowed=allowed, remedy=remedy))

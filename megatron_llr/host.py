@@ -164,6 +164,11 @@ __all__ = [
 ]
 
 
+def versions() -> dict[str, str]:
+    """What must be the same on every node, beside torch."""
+    return {"the version of megatron-core": metadata.version("megatron-core")}
+
+
 def process_groups(model_chunks: list[torch.nn.Module]) -> Any:
     """Process groups of the model: its own collection, else Megatron's global one."""
     groups = getattr(unwrap_model(model_chunks[0]), "pg_collection", None)

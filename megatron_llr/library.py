@@ -19,7 +19,7 @@ from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.optim.masters import leaf_optimizers, masters_of
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
-from megatron_llr.ranks import gather_objects, require_equal, together
+from megatron_llr.ranks import gather_distinct, gather_objects, require_equal, together
 from megatron_llr.sharding.catalog import build_catalog, require_known
 from megatron_llr.sharding.directory import build_directory
 from megatron_llr.sharding.shard import MatrixShard
@@ -31,11 +31,42 @@ _LAYER_GROUPS = "llr_layer_groups"
 _LOCAL_SETTINGS = frozenset({"log_dir"})
 
 
+def require_same_settings(config: LLRConfig, **others: Any) -> None:
+    """Check that every rank was given the same. Enter on all ranks, before anything else.
+
+    Args:
+        config: settings of the extension; where it writes may differ.
+        others: the host's settings by the names of their flags, with underscores.
+
+    Raises:
+        ValueError: if the file of `--llr-role-table` cannot be read.
+        RuntimeError: naming the first setting that differs, its values and the ranks.
+    """
+    settings = {
+        flag(field): value
+        for field, value in asdict(config).items()
+        if field not in _LOCAL_SETTINGS
+    }
+    settings |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
+    settings |= {"the version of torch": torch.__version__, **host.versions()}
+    require_equal(settings, lambda setting: f"give every rank the same {setting}")
+    table = config.role_table
+    if table is not None:
+        # The path is the same everywhere; what counts is what each rank finds there.
+        found = {f"what {flag('role_table')} holds": together(lambda: dict(read_role_table(table)))}
+        require_equal(found, lambda _: f"give every rank the same file {table}")
+
+
 def _build_layer_groups(
     optimizer: Any, model_chunks: Sequence[torch.nn.Module], config: LLRConfig
 ) -> LayerGroups:
     catalog = together(lambda: build_catalog(model_chunks)).shards
-    on_decay = together(lambda: acts_on(config.policy)) == WEIGHT_DECAY
+    target = together(lambda: acts_on(config.policy))
+    require_equal(
+        {f"what {flag('policy')} {config.policy} acts on": target},
+        lambda _: "give every rank the same function",
+    )
+    on_decay = target == WEIGHT_DECAY
     groups = together(
         lambda: LayerGroups(
             optimizer,
@@ -110,8 +141,11 @@ def get_megatron_optimizer(
 
     Raises:
         ValueError: if the policy cannot be loaded.
-        RuntimeError: if weights are cut in ways that are not followed (GTP, FSDP).
+        RuntimeError: if settings differ between ranks, or weights are cut in ways that are not
+            followed (GTP, FSDP).
     """
+    if llr is not None:
+        require_same_settings(llr)
     optimizer = host.get_megatron_optimizer(config, model_chunks, *args, **kwargs)
     if llr is not None:
         _build_layer_groups(optimizer, model_chunks, llr)
@@ -121,6 +155,19 @@ def get_megatron_optimizer(
 def say(line: str) -> None:
     """Print a line of the extension's, on rank 0."""
     host.print_rank_0(f"[llr] {line}")
+
+
+def make_observer(config: LLRConfig, **kwargs: Any) -> Observer:
+    """The observer of this rank: the CSV files lie on rank 0.
+
+    Args:
+        config: `log_dir` and `log_matrices` are read.
+        kwargs: further arguments of `Observer`.
+    """
+    folder = config.log_dir if dist.get_rank() == 0 else None
+    by_role = config.log_matrices == "roles"
+    csv_log = CsvLog(folder, by_role=by_role) if folder else None
+    return Observer(say=say, csv_log=csv_log, by_role=by_role, **kwargs)
 
 
 def attach(
@@ -151,23 +198,21 @@ def attach(
         ValueError: if a weight has no place in the tables, or no matrix can be tuned.
         RuntimeError: if settings differ between ranks.
     """
-    settings = {
-        flag(field): value
-        for field, value in asdict(config).items()
-        if field not in _LOCAL_SETTINGS
-    }
-    if config.role_table is not None:
-        # The path is the same everywhere; what counts is what each rank finds there.
-        table = config.role_table
-        settings[flag("role_table")] = together(lambda: dict(read_role_table(table)))
-    require_equal(settings, lambda setting: f"give every rank the same {setting}")
+    if observer is None:
+        observer = make_observer(config)
+    require_same_settings(
+        config,
+        train_iters=total_updates,
+        vocab_size=vocab_size,
+        log_interval=observer.log_interval,
+    )
     groups = getattr(optimizer, _LAYER_GROUPS, None)
     if groups is None:
         groups = _build_layer_groups(optimizer, model_chunks, config)
     catalog = _place_weights(model_chunks, config, vocab_size)
     directory = build_directory(catalog)
     inseparable: dict[str, str] = {}
-    for reported in gather_objects(groups.inseparable):
+    for reported in gather_distinct(groups.inseparable):
         inseparable.update(reported)
     if inseparable and config.granularity == "projection":
         say(
@@ -177,9 +222,6 @@ def attach(
     masters = None
     if config.spectrum_source == "master":
         masters = together(lambda: _master_copies(optimizer))
-    if observer is None:
-        folder = config.log_dir if dist.get_rank() == 0 else None
-        observer = Observer(say=say, csv_log=CsvLog(folder) if folder else None)
     return LayerwiseController(
         config,
         directory,

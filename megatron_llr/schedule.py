@@ -5,7 +5,7 @@ hold from update s on, over a ramp, so that no learning rate jumps.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
@@ -115,16 +115,22 @@ class MultiplierSchedule:
         assert self._observed_at is not None
         return min(1.0, max(0.0, (s - self._observed_at + 1) / (self._current_ramp + 1)))
 
-    def multipliers(self, s: int) -> dict[str, float]:
-        """Multiplier of every matrix at update s, for s from the last observation on."""
+    def multipliers(self, s: int, matrices: Iterable[str] | None = None) -> dict[str, float]:
+        """Multiplier of every matrix at update s, for s from the last observation on.
+
+        Args:
+            s: update, from 1.
+            matrices: those that are asked for, by default all; one without a target is left out.
+        """
         if self._observed_at is None:
             return {}
         progress = self._progress(s)
+        asked = self._new if matrices is None else [m for m in matrices if m in self._new]
         if progress >= 1.0:
-            return dict(self._new)
+            return {matrix: self._new[matrix] for matrix in asked}
         return {
-            matrix: self._old[matrix] + (target - self._old[matrix]) * progress
-            for matrix, target in self._new.items()
+            matrix: self._old[matrix] + (self._new[matrix] - self._old[matrix]) * progress
+            for matrix in asked
         }
 
     def learning_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:

@@ -1,22 +1,39 @@
 """The extension's state as a small JSON document, versioned; what a checkpoint carries."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
 from megatron_llr.records import Directory
 
-VERSION = 1
+VERSION = 2
+"""2: in a checkpoint every matrix id stands once, with lists of numbers beside the list of ids."""
 KEY = "megatron_llr"
 """Key of the document in the scheduler's state dict; always present, so that every checkpoint
 format finds the same structure."""
 
+# In a list beside the ids: a matrix that the table does not name. Null is a number that is none.
+_UNNAMED = False
+
 
 def encode(document: Mapping[str, Any]) -> str:
-    """The document as one string: plain for any checkpoint format, floats exact."""
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+    """The document as one string: plain for any checkpoint format, floats exact.
+
+    Tables by matrix id become lists in the order of `matrices`: with thousands of experts most of
+    the document would be ids.
+    """
+    matrices = document["matrices"]
+
+    def listed(table: Mapping[str, Any]) -> Any:
+        if not table:
+            return {}
+        return [table.get(matrix, _UNNAMED) for matrix in matrices]
+
+    packed = {**_tables(document, listed), "version": VERSION}
+    return json.dumps(packed, separators=(",", ":"), allow_nan=False)
 
 
 def decode(text: str | None) -> dict[str, Any] | None:
@@ -29,7 +46,8 @@ def decode(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(text)
-        int(document["version"])
+        # A newer one is refused by `check`, by its version; version 1 has no lists.
+        return dict(document) if int(document["version"]) > VERSION else _unlisted(document)
     except (TypeError, KeyError, ValueError) as broken:
         raise user_error(
             "the checkpoint's extension state cannot be read",
@@ -37,7 +55,34 @@ def decode(text: str | None) -> dict[str, Any] | None:
             allowed=f"a JSON document of version up to {VERSION}",
             remedy=f"{flag('reset_state')} starts the multipliers afresh",
         ) from broken
-    return dict(document)
+
+
+def _unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
+    def table(found: Any) -> dict[str, Any]:
+        if isinstance(found, Mapping):
+            return dict(found)
+        named = zip(document["matrices"], found, strict=True)
+        return {matrix: value for matrix, value in named if value is not _UNNAMED}
+
+    return _tables(document, table)
+
+
+def _tables(document: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The document with another form of its tables by matrix id."""
+    schedule = document["schedule"]
+    return {
+        **document,
+        "schedule": {**schedule, "old": change(schedule["old"]), "new": change(schedule["new"])},
+        "alphas": change(document["alphas"]),
+    }
+
+
+def digest(document: Mapping[str, Any] | None) -> str:
+    """A few words that tell one document from another."""
+    if document is None:
+        return "none"
+    code = hashlib.sha256(encode(document).encode()).hexdigest()[:12]
+    return f"that of update {document['next_update']} ({code})"
 
 
 def _some(names: set[str]) -> str:

@@ -2,18 +2,17 @@
 
 Usage: python tools/report_run.py RUN_DIR
 
-Reads measurements.csv and learning_rates.csv (--llr-log-dir) and, if there are any, the TensorBoard
-events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside them, and
-relative_updates.png if the run was given --llr-log-relative-update.
+Reads the CSV files of --llr-log-dir, whatever --llr-log-matrices was, and, if there are any, the
+TensorBoard events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside
+them, and relative_updates.png if the run was given --llr-log-relative-update.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from megatron_llr.observe import plots
-from megatron_llr.observe.summary import role_table
+from megatron_llr.observe.read_logs import last_measurement, last_role_table
 
 
 def validation_loss(folder: Path) -> str | None:
@@ -41,16 +40,15 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="folder given as --llr-log-dir")
     folder = parser.parse_args().run_dir
     try:
-        rows = plots.last_measurement(folder)
+        measured = last_measurement(folder)
         plots.multiplier_map(folder, folder / "multipliers.png")
         plots.learning_rate_lines(folder, folder / "learning_rates.png")
         plots.relative_update_lines(folder, folder / "relative_updates.png")
     except (OSError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    alphas = {row["matrix"]: float(row["alpha_hill_median"] or math.nan) for row in rows}
-    print(f"\nafter the measurement before update {rows[0]['iteration']}:")
-    print(role_table(alphas, {row["matrix"]: float(row["target_multiplier"]) for row in rows}))
+    print(f"\nafter the measurement before update {measured.iteration}:")
+    print(last_role_table(measured))
     loss = validation_loss(folder / "tensorboard")
     if loss:
         print(loss)

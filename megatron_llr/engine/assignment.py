@@ -1,6 +1,7 @@
 """Which rank computes which spectrum: a deterministic balance of cost, the same on every rank."""
 
 from collections.abc import Iterable
+from heapq import heapify, heapreplace
 
 from megatron_llr.records import MatrixInfo
 
@@ -15,6 +16,23 @@ def cost(info: MatrixInfo) -> float:
     return 4 / 3 * short**3 + short**2 * long
 
 
+class _Candidates:
+    """The ranks that hold a matrix, least loaded first; loads grow outside, and only grow."""
+
+    def __init__(self, ranks: Iterable[int], load: dict[int, float]) -> None:
+        self._load = load
+        self._heap = [(load.setdefault(rank, 0.0), rank) for rank in ranks]
+        heapify(self._heap)
+
+    def least_loaded(self) -> int:
+        """The rank of least load, the first of equals."""
+        while True:
+            known, rank = self._heap[0]
+            if known == self._load[rank]:
+                return rank
+            heapreplace(self._heap, (self._load[rank], rank))
+
+
 def assign_owners(matrices: Iterable[MatrixInfo]) -> dict[str, int]:
     """One owner in the whole job for every matrix: the next costliest to the least loaded holder.
 
@@ -24,13 +42,16 @@ def assign_owners(matrices: Iterable[MatrixInfo]) -> dict[str, int]:
         Matrix id -> global rank, in the order given.
     """
     listed = list(matrices)
-    load: dict[int, float] = {
-        rank: 0.0 for info in listed for group in info.holders for rank in group
-    }
+    load: dict[int, float] = {}
+    # By object: the matrices of a directory that lie on the same ranks share one tuple of holders.
+    candidates: dict[int, _Candidates] = {}
+    for info in listed:
+        if id(info.holders) not in candidates:
+            ranks = {rank for group in info.holders for rank in group}
+            candidates[id(info.holders)] = _Candidates(ranks, load)
     owners: dict[str, int] = {}
     for info in sorted(listed, key=lambda info: (-cost(info), info.matrix)):
-        candidates = sorted({rank for group in info.holders for rank in group})
-        owner = min(candidates, key=lambda rank: (load[rank], rank))
+        owner = candidates[id(info.holders)].least_loaded()
         load[owner] += cost(info)
         owners[info.matrix] = owner
     return {info.matrix: owners[info.matrix] for info in listed}

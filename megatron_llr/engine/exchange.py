@@ -89,12 +89,16 @@ def send_to_owners(
     """
     ranks, group = batch[0].ranks, batch[0].group
     here = dist.get_rank()
-    by_owner = {rank: [s for s in batch if owners[s.matrix] == rank] for rank in ranks}
-    outgoing = [_flat_bytes([cut(shard) for shard in by_owner[rank]], batch[0]) for rank in ranks]
+    by_owner: dict[int, list[MatrixShard]] = {rank: [] for rank in ranks}
+    for shard in batch:
+        by_owner[owners[shard.matrix]].append(shard)
+    # Once per matrix: a quantised weight becomes an ordinary one each time that it is read.
+    parts = {shard.matrix: cut(shard) for shard in batch}
+    dtypes = {matrix: part.dtype for matrix, part in parts.items()}
+    outgoing = [_flat_bytes([parts[s.matrix] for s in by_owner[rank]], batch[0]) for rank in ranks]
     incoming_sizes = [
         sum(
-            shard.placements[peer].numel * read_weight(shard).element_size()
-            for shard in by_owner[here]
+            shard.placements[peer].numel * dtypes[shard.matrix].itemsize for shard in by_owner[here]
         )
         for peer in range(len(ranks))
     ]
@@ -106,7 +110,7 @@ def send_to_owners(
         input_split_sizes=[part.numel() for part in outgoing],
         group=group,
     )
-    return _unpack(by_owner[here], list(received.split(incoming_sizes)))
+    return _unpack(by_owner[here], dtypes, list(received.split(incoming_sizes)))
 
 
 def _flat_bytes(pieces: Sequence[torch.Tensor], like: MatrixShard) -> torch.Tensor:
@@ -116,12 +120,14 @@ def _flat_bytes(pieces: Sequence[torch.Tensor], like: MatrixShard) -> torch.Tens
 
 
 def _unpack(
-    owned: Sequence[MatrixShard], by_peer: Sequence[torch.Tensor]
+    owned: Sequence[MatrixShard],
+    dtypes: Mapping[str, torch.dtype],
+    by_peer: Sequence[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     offsets = [0] * len(by_peer)
     whole: dict[str, torch.Tensor] = {}
     for shard in owned:
-        dtype = read_weight(shard).dtype
+        dtype = dtypes[shard.matrix]
         pieces = []
         for peer, placement in enumerate(shard.placements):
             size = placement.numel * dtype.itemsize
@@ -161,6 +167,49 @@ def pool_singular_values(
     return [
         torch.cat([parts[index] for parts in split]).sort().values for index in range(len(shards))
     ]
+
+
+def all_gather_in_batches(
+    mine: Sequence[torch.Tensor],
+    sizes: Sequence[Sequence[int]],
+    device: torch.device,
+    limit: int = BATCH_BYTES,
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Every rank's vectors on every rank of the job, a bounded number of bytes at a time.
+
+    One all-gather per batch, padded to the longest part in it. Enter on all ranks, and come to the
+    end.
+
+    Args:
+        mine: fp64 vectors of this rank.
+        sizes: their sizes on every rank, in rank order; the same on every rank.
+        device: where they lie, if this rank brings none.
+        limit: bytes of a batch over all ranks; a vector per rank may exceed it.
+
+    Yields:
+        (rank, which of its vectors, those one after the other), in the same order on every rank.
+    """
+    here, begun = dist.get_rank(), [0] * len(sizes)
+    empty = torch.empty(0, dtype=torch.float64, device=device)
+    while any(first < len(own) for first, own in zip(begun, sizes, strict=True)):
+        ended = [
+            _as_many(own, first, limit // (8 * len(sizes)))
+            for first, own in zip(begun, sizes, strict=True)
+        ]
+        taken = [own[a:b] for own, a, b in zip(sizes, begun, ended, strict=True)]
+        rows = torch.cat([empty, *mine[begun[here] : ended[here]]]).unsqueeze(1)
+        for rank, part in enumerate(all_gather_rows(rows, [sum(each) for each in taken])):
+            yield rank, slice(begun[rank], ended[rank]), part.squeeze(1)
+        begun = ended
+
+
+def _as_many(sizes: Sequence[int], first: int, limit: int) -> int:
+    """One past the last of as many sizes from `first` on as fit a limit; one at least."""
+    last, total = first, 0
+    while last < len(sizes) and (last == first or total + sizes[last] <= limit):
+        total += sizes[last]
+        last += 1
+    return last
 
 
 def all_gather_rows(

@@ -45,6 +45,15 @@ class MasterCopies:
     groups: tuple[Any, ...]
 
 
+def _replica_of_rank(holders: tuple[tuple[int, ...], ...]) -> dict[int, list[int]]:
+    """Rank -> the ranks of all groups that it is in."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for group in holders:
+        for rank in group:
+            found[rank].extend(group)
+    return found
+
+
 class MasterWeights:
     """Collects the fp32 weights that the matrices owned by this rank's replica need.
 
@@ -77,9 +86,8 @@ class MasterWeights:
                 cut = piece.group is not None
                 (self._by_group[id(piece.group)] if cut else self._whole).append(piece)
         self._ranges = {key: self._gather_ranges(key) for key in self._groups}
-        peers = {rank for g in copies.groups for rank in dist.get_process_group_ranks(g)}
         # What the replica of a rank needs never changes.
-        self._wanted = {rank: self._wanted_by(rank) for rank in peers}
+        self._wanted = self._wanted_by_rank()
 
     def _gather_ranges(self, key: int) -> list[dict[str, tuple[int, int]]]:
         """What every rank of a group holds: name of the parameter -> its range."""
@@ -92,15 +100,17 @@ class MasterWeights:
         dist.all_gather_object(found, mine, group=group)
         return found
 
-    def _wanted_by(self, rank: int) -> set[str]:
-        """Names of the parameters that the replica of a rank needs."""
-        wanted = set()
+    def _wanted_by_rank(self) -> dict[int, set[str]]:
+        """Names of the parameters that the replica of every rank needs."""
+        replicas: dict[int, dict[int, list[int]]] = {}
+        wanted: dict[int, set[str]] = defaultdict(set)
         for key, shards in self._matrices.items():
             for shard in shards:
-                owner = self._owners[shard.matrix]
                 holders = self._directory[shard.matrix].holders
-                if any(rank in group and owner in group for group in holders):
-                    wanted.add(self._names[key])
+                if id(holders) not in replicas:
+                    replicas[id(holders)] = _replica_of_rank(holders)
+                for rank in replicas[id(holders)][self._owners[shard.matrix]]:
+                    wanted[rank].add(self._names[key])
         return wanted
 
     def collect(self) -> dict[int, torch.Tensor]:

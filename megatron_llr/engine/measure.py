@@ -1,10 +1,13 @@
 """`SpectrumEngine.measure()`: the spectrum record of every matrix, identical on every rank."""
 
+import contextlib
+import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 from megatron_llr.config import LLRConfig
 from megatron_llr.engine.assignment import assign_owners
 from megatron_llr.engine.exchange import (
+    all_gather_in_batches,
     all_gather_rows,
     batches,
     cut,
@@ -20,12 +24,15 @@ from megatron_llr.engine.exchange import (
     send_to_owners,
 )
 from megatron_llr.engine.master_weights import MasterCopies, MasterWeights
-from megatron_llr.ranks import raise_together
+from megatron_llr.errors import first_line, topology_error
+from megatron_llr.ranks import exchange, raise_together
 from megatron_llr.records import EMBEDDING_IDS, Directory, SpectrumRecord, SpectrumTable
 from megatron_llr.sharding.shard import MatrixShard
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
 from megatron_llr.spectrum.farms import farms_eigenvalues
+
+logger = logging.getLogger(__name__)
 
 _METHODS = ("failed", "gram32", "gram64", "svd64", "pooled", "farms")
 _WIDTH = len(fields(SpectrumRecord))
@@ -40,7 +47,8 @@ class Measurement:
 
     Attributes:
         table: record of every measured matrix, in directory order.
-        spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU.
+        spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU; empty on
+            ranks that do not read them.
         seconds: wall time on this rank.
     """
 
@@ -92,6 +100,8 @@ class SpectrumEngine:
         ]
         self.owners = assign_owners(wanted)
         """Matrix id -> global rank that computes its spectrum, in directory order."""
+        self.readers: Collection[int] = range(dist.get_world_size())
+        """Global ranks that get the singular values, all at first; the same on every rank."""
         self._owned_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         for matrix, owner in self.owners.items():
             self._owned_by_rank[owner].append(matrix)
@@ -116,21 +126,27 @@ class SpectrumEngine:
         """Compute every spectrum once, share the results. Enter on all ranks.
 
         Raises:
-            RuntimeError: on every rank, if any rank failed.
+            RuntimeError: on every rank, if any rank ran out of memory or lost its device; on those
+            that are left, if a rank died.
         """
         started = time.perf_counter()
         self._error = None
         owned: dict[str, Spectrum] = {}
-        for shards in self._sources():
-            owned.update(self._unsplit(shards))
-            split = [shard for shard in shards if shard.split]
-            if split:
-                owned.update(self._exact(split) if self._is_exact else self._pooled(split))
-        records = {matrix: self._record(spectrum) for matrix, spectrum in owned.items()}
+        records: dict[str, SpectrumRecord] = {}
+        with exchange("a measurement"):
+            for shards in self._sources():
+                owned.update(self._unsplit(shards))
+                split = [shard for shard in shards if shard.split]
+                if split:
+                    owned.update(self._exact(split) if self._is_exact else self._pooled(split))
+        for matrix, spectrum in owned.items():
+            with self._kept_for_later(matrix):
+                records[matrix] = self._record(spectrum)
         raise_together(self._error)
-        table = self._share_records(records)
-        spectra_everywhere = self._share_singular_values(owned, table)
-        return Measurement(table, spectra_everywhere, time.perf_counter() - started)
+        with exchange("a measurement"):
+            table = self._share_records(records)
+            shared = self._share_singular_values(owned, table)
+        return Measurement(table, shared, time.perf_counter() - started)
 
     def _sources(self) -> Iterator[list[MatrixShard]]:
         """Shards of every group; over the fp32 weights where those are to be measured."""
@@ -148,45 +164,63 @@ class SpectrumEngine:
     def _is_exact(self) -> bool:
         return self._config.spectrum != "sharded"
 
-    @property
-    def _needs_small_eigenvalues(self) -> bool:
-        return self._config.estimator != "hill_median"
-
     def _unsplit(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
         """Spectra of the matrices that this rank owns and holds whole: nothing travels."""
         here = dist.get_rank()
         for shard in shards:
             if not shard.split and self.owners[shard.matrix] == here:
-                yield shard.matrix, self._eigenvalues(cut(shard))
+                yield shard.matrix, self._eigenvalues(shard, partial(cut, shard))
 
     def _exact(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
         """Spectra of the split matrices that this rank owns; others only send their parts."""
         for batch in batches(split, self.owners):
-            for matrix, weight in send_to_owners(batch, self.owners).items():
-                yield matrix, self._eigenvalues(weight)
+            whole = send_to_owners(batch, self.owners)
+            for shard in batch:
+                if shard.matrix in whole:
+                    read = partial(whole.__getitem__, shard.matrix)
+                    yield shard.matrix, self._eigenvalues(shard, read)
 
     def _pooled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
         """Pooled spectra of the shards: no weight travels, singular values do."""
         here = dist.get_rank()
-        local = [self._eigenvalues(cut(shard))[0].sqrt() for shard in split]
+        local = [self._eigenvalues(shard, partial(cut, shard))[0].sqrt() for shard in split]
         for shard, pooled in zip(split, pool_singular_values(local, split), strict=True):
             if self.owners[shard.matrix] == here:
                 yield shard.matrix, (pooled.square(), "pooled")
 
-    def _eigenvalues(self, weight: torch.Tensor) -> Spectrum:
-        """Eigenvalues of one matrix; a failure is kept for later, since collectives follow."""
-        count = min(weight.shape)
-        try:
+    def _eigenvalues(self, shard: MatrixShard, read: Callable[[], torch.Tensor]) -> Spectrum:
+        """Eigenvalues of what `read` gives of a matrix, or NaN; collectives follow either way."""
+        count = min(shard.placement.rows, shard.placement.columns)
+        with self._kept_for_later(shard.matrix):
+            weight = read()
+            count = min(weight.shape)
             if count > 0:
-                full = self._needs_small_eigenvalues
-                if self._config.spectrum == "farms":
-                    rows, windows = self._config.farms_rows, self._config.farms_windows
-                    return farms_eigenvalues(weight, rows, windows, full=full)
-                return eigenvalues_of(weight, full=full)
-        except Exception as caught:  # out of memory, a broken solver: raised on all ranks later
-            self._error = caught
-        nothing = torch.full((count,), math.nan, dtype=torch.float64, device=weight.device)
+                spectrum = self._solve(weight)
+                if spectrum[1] == "failed":
+                    logger.warning("megatron_llr: no eigenvalues of %s", shard.matrix)
+                return spectrum
+        nothing = torch.full((count,), math.nan, dtype=torch.float64, device=self._device)
         return nothing, "failed"
+
+    def _solve(self, weight: torch.Tensor) -> Spectrum:
+        full = self._config.estimator != "hill_median"
+        if self._config.spectrum == "farms":
+            rows, windows = self._config.farms_rows, self._config.farms_windows
+            return farms_eigenvalues(weight, rows, windows, full=full)
+        return eigenvalues_of(weight, full=full)
+
+    @contextlib.contextmanager
+    def _kept_for_later(self, matrix: str) -> Iterator[None]:
+        """Keep an error until all ranks can raise it: out of memory, a lost device."""
+        try:
+            yield
+        except Exception as caught:
+            self._error = self._error or topology_error(
+                f"the spectrum of {matrix} cannot be computed",
+                got=f"{type(caught).__name__}: {first_line(caught)}",
+                allowed="room for the matrix and its Gram matrix, in fp32 or fp64, on its owner",
+                remedy="lower --micro-batch-size or take --llr-spectrum sharded if memory ran out",
+            )
 
     def _record(self, spectrum: Spectrum) -> SpectrumRecord:
         eigenvalues, method = spectrum
@@ -208,14 +242,15 @@ class SpectrumEngine:
     def _share_singular_values(
         self, spectra: dict[str, Spectrum], table: SpectrumTable
     ) -> dict[str, torch.Tensor]:
+        """Singular values of all matrices on the readers; nothing travels if there are none."""
+        if not self.readers:
+            return {}
         owned = self._owned_by_rank
-        counts = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
+        sizes = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
         mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
-        empty = torch.empty(0, dtype=torch.float64, device=self._device)
-        shared = all_gather_rows(
-            torch.cat([empty, *mine]).unsqueeze(1), [sum(count) for count in counts]
-        )
-        values: dict[str, torch.Tensor] = {}
-        for matrices, count, part in zip(owned, counts, shared, strict=True):
-            values.update(zip(matrices, part.squeeze(1).cpu().split(count), strict=True))
-        return {matrix: values[matrix] for matrix in self.owners}
+        found: dict[str, torch.Tensor] = {}
+        for rank, which, values in all_gather_in_batches(mine, sizes, self._device):
+            if dist.get_rank() in self.readers:
+                parts = values.cpu().split(sizes[rank][which])
+                found.update(zip(owned[rank][which], parts, strict=True))
+        return {matrix: found[matrix] for matrix in self.owners if matrix in found}

@@ -3,65 +3,47 @@
 import csv
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_llr.records import Directory, SpectrumTable, block_of, expert_of, role_of
-
-MEASUREMENT_FIELDS = (
-    "iteration",
-    "matrix",
-    "block",
-    "role",
-    "expert",
-    "rows",
-    "cols",
-    "alpha_hill_median",
-    "alpha_hat",
-    "spectral_norm",
-    "frobenius_norm",
-    "stable_rank",
-    "entropy",
-    "num_eigenvalues",
-    "fit_distance",
-    "target_multiplier",
-)
-RATE_FIELDS = (
-    "iteration",
-    "matrix",
-    "multiplier",
-    "learning_rate",
-    "effective_learning_rate",
-    "relative_update",
-)
+from megatron_llr.observe import log_rows
+from megatron_llr.records import Directory, SpectrumTable
 
 
-def _keep(path: Path, fields: tuple[str, ...], last_iteration: int) -> None:
-    """Rewrite a CSV with its header and the rows up to an iteration; a torn last row is dropped.
+@dataclass(frozen=True)
+class _CsvFile:
+    """A CSV file whose rows belong to iterations, ascending."""
 
-    Columns that an earlier version did not write stay empty in its rows.
-    """
-    kept: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                whole = set(row) <= set(fields) and None not in row.values()
-                number = row.get("iteration") or ""
-                if whole and number.isdigit() and int(number) <= last_iteration:
-                    kept.append(row)
-    beside = path.with_suffix(".csv.part")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(kept)
-    os.replace(beside, path)
+    path: Path
+    fields: tuple[str, ...]
 
+    def cut(self, last_iteration: int) -> None:
+        """Rewrite it with its header and the rows up to an iteration; a torn last row is dropped.
 
-def _append(path: Path, fields: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, fields).writerows(rows)
+        Columns that an earlier version did not write stay empty in its rows.
+        """
+        beside = self.path.with_suffix(".csv.part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            if self.path.exists():
+                with self.path.open(newline="") as before:
+                    rows = csv.DictReader(before)
+                    writer.writerows(row for row in rows if self._keeps(row, last_iteration))
+        os.replace(beside, self.path)
+
+    def _keeps(self, row: Mapping[str, str], last_iteration: int) -> bool:
+        whole = set(row) <= set(self.fields) and None not in row.values()
+        number = row.get("iteration") or ""
+        return whole and number.isdigit() and int(number) <= last_iteration
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows at the end."""
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerows(rows)
 
 
 class CsvLog:
@@ -69,13 +51,15 @@ class CsvLog:
 
     Args:
         folder: made if it does not exist.
+        by_role: a row per block and role, in files of their own, and no spectra.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, by_role: bool = False) -> None:
         self.folder = Path(folder)
-        self.measurements = self.folder / "measurements.csv"
-        self.rates = self.folder / "learning_rates.csv"
-        self.spectra = self.folder / "spectra.npz"
+        self.by_role = by_role
+        self._measurements, self._rates = files_of(self.folder, by_role=by_role)
+        self._others = files_of(self.folder, by_role=not by_role)
+        self._spectra = self.folder / "spectra.npz"
 
     def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
         """Begin the files, or cut the rows that a resumed run will write again.
@@ -88,8 +72,13 @@ class CsvLog:
             OSError: if the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _keep(self.measurements, MEASUREMENT_FIELDS, measured_up_to)
-        _keep(self.rates, RATE_FIELDS, rates_up_to)
+        ends = (measured_up_to, rates_up_to)
+        for file, end in zip((self._measurements, self._rates), ends, strict=True):
+            file.cut(end)
+        # Files of the other kind, from before --llr-log-matrices was changed, end here too.
+        for file, end in zip(self._others, ends, strict=True):
+            if file.path.exists():
+                file.cut(end)
 
     def write_measurement(
         self,
@@ -98,46 +87,31 @@ class CsvLog:
         targets: Mapping[str, float],
         directory: Directory,
     ) -> None:
-        """One row per logical matrix; spectral columns are empty where it was not measured."""
-        rows = []
-        for matrix, info in directory.items():
-            row: dict[str, Any] = {
-                "iteration": iteration,
-                "matrix": matrix,
-                "block": block_of(matrix),
-                "role": role_of(matrix),
-                "expert": expert_of(matrix),
-                "rows": info.rows,
-                "cols": info.columns,
-                "num_eigenvalues": info.num_eigenvalues,
-                "target_multiplier": targets[matrix],
-            }
-            record = table.get(matrix)
-            if record is not None:
-                row.update(
-                    (field, getattr(record, field))
-                    for field in MEASUREMENT_FIELDS
-                    if hasattr(record, field)
-                )
-            rows.append(row)
-        _append(self.measurements, MEASUREMENT_FIELDS, rows)
+        """The rows of one measurement."""
+        rows = log_rows.role_measurement_rows if self.by_role else log_rows.measurement_rows
+        self._measurements.append(rows(iteration, table, targets, directory))
 
     def write_spectra(self, spectra: Mapping[str, Any]) -> None:
         """Singular values of the latest measurement, one array per matrix id."""
-        beside = self.spectra.with_suffix(".part.npz")
+        beside = self._spectra.with_suffix(".part.npz")
         arrays: dict[str, Any] = {matrix: np.asarray(values) for matrix, values in spectra.items()}
         np.savez(beside, **arrays)
-        os.replace(beside, self.spectra)
+        os.replace(beside, self._spectra)
 
-    def write_rates(
-        self, iteration: int, rows: Iterable[tuple[str, float, float, float, float | None]]
-    ) -> None:
-        """Rows of one update: matrix, multiplier, learning rate, effective rate, relative update.
+    def write_rates(self, iteration: int, rates: Iterable[log_rows.Rates]) -> None:
+        """The rows of one update; a relative update that was not recorded leaves its cell empty."""
+        rows = log_rows.role_rate_rows if self.by_role else log_rows.rate_rows
+        self._rates.append(rows(iteration, rates))
 
-        A relative update that was not recorded is None, and its cell empty.
-        """
-        _append(
-            self.rates,
-            RATE_FIELDS,
-            (dict(zip(RATE_FIELDS, (iteration, *row), strict=True)) for row in rows),
+
+def files_of(folder: Path, *, by_role: bool) -> tuple[_CsvFile, _CsvFile]:
+    """The files of measurements and of learning rates, per matrix or per block and role."""
+    if by_role:
+        return (
+            _CsvFile(folder / "measurements_by_role.csv", log_rows.ROLE_MEASUREMENT_FIELDS),
+            _CsvFile(folder / "learning_rates_by_role.csv", log_rows.ROLE_RATE_FIELDS),
         )
+    return (
+        _CsvFile(folder / "measurements.csv", log_rows.MEASUREMENT_FIELDS),
+        _CsvFile(folder / "learning_rates.csv", log_rows.RATE_FIELDS),
+    )

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from megatron_llr.observe.csv_log import CsvLog
-from megatron_llr.observe.summary import by_role
-from megatron_llr.records import Directory, SpectrumTable, block_of, role_of
+from megatron_llr.observe.summary import Spread, by_block_and_role, by_role, spread_of
+from megatron_llr.records import Directory, SpectrumTable, block_key, expert_of, role_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,24 @@ class ScalarWriter(Protocol):
 
 def _series(matrix: str) -> str:
     """Name of a matrix in a scalar's tag: role first, so that a role's curves lie together."""
-    block = block_of(matrix)
-    return role_of(matrix) if block is None else f"{role_of(matrix)}/block_{block:03d}"
+    words = [_group_series(matrix)]
+    expert, key = expert_of(matrix), block_key(matrix)
+    kind = matrix.removeprefix(f"{key}.").partition(".")[0]
+    if kind != matrix and kind[-1].isdigit():
+        # A block's second layer of a kind: mlp2.
+        words.append(kind)
+    if expert is not None:
+        words.append(f"expert_{expert:03d}")
+    return "/".join(words)
+
+
+def _group_series(matrix: str) -> str:
+    """Name of a matrix's block and role in a scalar's tag: `up/block_003`, `q/mtp_000`."""
+    key = block_key(matrix)
+    if key == matrix:
+        return role_of(matrix)
+    place, _, number = key.rpartition(".")
+    return f"{role_of(matrix)}/{place}_{int(number):03d}"
 
 
 class Observer:
@@ -49,6 +65,7 @@ class Observer:
         tensorboard: the host's writer, on the rank that has one.
         wandb: the host's Weights & Biases module or run, on the rank that has one.
         log_interval: updates from one row of learning rates to the next.
+        by_role: scalars per block and role, as the CSV files have it where they do.
     """
 
     def __init__(
@@ -59,12 +76,24 @@ class Observer:
         tensorboard: ScalarWriter | None = None,
         wandb: Any = None,
         log_interval: int = 100,
+        by_role: bool = False,
     ) -> None:
         self.say = say
+        self.by_role = by_role
         self.log_interval = log_interval
         self._csv = csv_log
         self._tensorboard = tensorboard
         self._wandb = wandb
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes anything but lines."""
+        return any(to is not None for to in (self._csv, self._tensorboard, self._wandb))
+
+    @property
+    def reads_spectra(self) -> bool:
+        """Whether this rank wants the singular values of every measurement."""
+        return self._csv is not None and not self._csv.by_role
 
     def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
         """Begin the files, or cut what a resumed run will write again.
@@ -88,6 +117,7 @@ class Observer:
             self._guarded(
                 lambda csv_log: csv_log.write_measurement(iteration, table, targets, directory)
             )
+        if self.reads_spectra:
             self._guarded(lambda csv_log: csv_log.write_spectra(spectra))
         alphas = {matrix: record.alpha_hill_median for matrix, record in table.items()}
         self._scalars("llr/alpha_hill_median", alphas, iteration)
@@ -114,12 +144,35 @@ class Observer:
     def _scalars(self, tag: str, values: Mapping[str, float], iteration: int) -> None:
         if self._tensorboard is None and self._wandb is None:
             return
-        scalars = {f"{tag}/{_series(matrix)}": value for matrix, value in values.items()}
+        scalars = (
+            self._by_block(tag, values)
+            if self.by_role
+            else {f"{tag}/{_series(matrix)}": value for matrix, value in values.items()}
+        )
         for role, spread in by_role(values).items():
-            for name, value in (("mean", spread.mean), ("min", spread.low), ("max", spread.high)):
-                scalars[f"{tag}-by-role/{role}/{name}"] = value
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-        if self._wandb is not None:
-            self._wandb.log(scalars, iteration)
+            scalars.update(_named(f"{tag}-by-role/{role}", spread))
+        try:
+            if self._tensorboard is not None:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
+            if self._wandb is not None:
+                self._wandb.log(scalars, iteration)
+        except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
+            logger.warning("megatron_llr: %s not written: %s", tag, broken)
+
+    @staticmethod
+    def _by_block(tag: str, values: Mapping[str, float]) -> dict[str, float]:
+        """One scalar where a block has one matrix of a role, else mean, minimum and maximum."""
+        scalars: dict[str, float] = {}
+        for matrices in by_block_and_role(values).values():
+            series = f"{tag}/{_group_series(matrices[0])}"
+            spread = spread_of(values[matrix] for matrix in matrices)
+            if len(matrices) == 1:
+                scalars[series] = values[matrices[0]]
+            elif spread is not None:
+                scalars.update(_named(series, spread))
+        return scalars
+
+
+def _named(tag: str, spread: Spread) -> dict[str, float]:
+    return {f"{tag}/mean": spread.mean, f"{tag}/min": spread.low, f"{tag}/max": spread.high}

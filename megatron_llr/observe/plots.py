@@ -1,12 +1,12 @@
 """Figures from the CSV files of a run. Needs matplotlib (`pip install megatron-llr[plots]`)."""
 
-import csv
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.records import ROLES, role_of
+from megatron_llr.observe.read_logs import last_measurement, rates_by_role
+from megatron_llr.observe.summary import Spread
+from megatron_llr.records import ROLES
 
 
 def pyplot() -> Any:
@@ -21,56 +21,42 @@ def pyplot() -> Any:
     return plt
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file of a run.
-
-    Raises:
-        FileNotFoundError: if the run wrote none; `--llr-log-dir` makes it.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: was the run given --llr-log-dir?")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _role_rank(role: str) -> tuple[int, str]:
     return (ROLES.index(role) if role in ROLES else len(ROLES), role)
 
 
-def last_measurement(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's last measurement."""
-    rows = read_rows(folder / "measurements.csv")
-    if not rows:
-        raise ValueError(f"{folder / 'measurements.csv'} holds no measurement yet")
-    last = max(int(row["iteration"]) for row in rows)
-    return [row for row in rows if int(row["iteration"]) == last]
-
-
 def multiplier_map(folder: Path, target: Path) -> None:
-    """Heat-map block x role of the multipliers that the last measurement gave."""
+    """Heat-map block x role of the multipliers that the last measurement gave.
+
+    Where a block has several matrices of a role (experts), their mean.
+    """
     plt = pyplot()
-    rows = [row for row in last_measurement(folder) if row["block"] and not row["expert"]]
-    blocks = sorted({int(row["block"]) for row in rows})
-    roles = sorted({row["role"] for row in rows}, key=_role_rank)
-    cells = [[float("nan")] * len(roles) for _ in blocks]
-    for row in rows:
-        at = blocks.index(int(row["block"])), roles.index(row["role"])
-        cells[at[0]][at[1]] = float(row["target_multiplier"])
+    measured = last_measurement(folder)
+    found = {
+        (int(block), role): spread.mean
+        for (block, role), spread in measured.multipliers.items()
+        if block.isdigit()
+    }
+    blocks = sorted({block for block, _ in found})
+    roles = sorted({role for _, role in found}, key=_role_rank)
+    cells = [[found.get((block, role), float("nan")) for role in roles] for block in blocks]
     figure, axes = plt.subplots(
         figsize=(1.6 + 0.75 * len(roles), 1.4 + 0.42 * len(blocks)), layout="constrained"
     )
     image = axes.imshow(cells, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(roles)), roles)
+    axes.set_xticks(range(len(roles)), roles, rotation=45 if len(roles) > 8 else 0)
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set_xlabel("role")
     axes.set_ylabel("block")
-    axes.set_title(f"multipliers after the measurement before update {rows[0]['iteration']}")
+    axes.set_title(f"multipliers after the measurement before update {measured.iteration}")
     if len(blocks) <= 16:
         middle = (image.norm.vmin + image.norm.vmax) / 2
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
-                colour = "white" if value < middle else "black"
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+                if value == value:
+                    colour = "white" if value < middle else "black"
+                    text = f"{value:.2f}"
+                    axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, label="multiplier")
     figure.savefig(target, dpi=130)
     plt.close(figure)
@@ -79,12 +65,8 @@ def multiplier_map(folder: Path, target: Path) -> None:
 def learning_rate_lines(folder: Path, target: Path) -> None:
     """Learning rate over the updates: a line per role (mean), a band from smallest to largest."""
     plt = pyplot()
-    rates: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_rows(folder / "learning_rates.csv"):
-        role = row["matrix"].rsplit(".", 1)[-1]
-        rates[role][int(row["iteration"])].append(float(row["learning_rate"]))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    _role_lines(plt, axes, rates)
+    _role_lines(plt, axes, rates_by_role(folder, "learning_rate"))
     axes.set_ylabel("learning rate")
     axes.set_title("learning rate per role: mean, and spread over the blocks")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -99,7 +81,7 @@ def relative_update_lines(folder: Path, target: Path) -> bool:
         False, and draws nothing, if the run recorded no relative updates.
     """
     names = {"relative_update": "‖ΔW‖ / ‖W‖", "effective_learning_rate": "learning rate / ‖W‖"}
-    found = {name: _by_role(read_rows(folder / "learning_rates.csv"), name) for name in names}
+    found = {name: rates_by_role(folder, name, above_zero=True) for name in names}
     if not found["relative_update"]:
         return False
     plt = pyplot()
@@ -114,32 +96,14 @@ def relative_update_lines(folder: Path, target: Path) -> bool:
     return True
 
 
-def _by_role(rows: list[dict[str, str]], column: str) -> dict[str, dict[int, list[float]]]:
-    """Role -> update -> the positive values of a column, which may be missing or empty."""
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        value = float(row.get(column) or "nan")
-        # 0 (a warmup that begins there) has no place on a logarithmic axis.
-        if value > 0:
-            found[role_of(row["matrix"])][int(row["iteration"])].append(value)
-    return found
-
-
-def _role_lines(plt: Any, axes: Any, values: Mapping[str, Mapping[int, list[float]]]) -> None:
+def _role_lines(plt: Any, axes: Any, values: Mapping[str, Mapping[int, Spread]]) -> None:
     """A line per role through the means, a band from smallest to largest."""
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab20" if len(values) > 10 else "tab10")
     for index, role in enumerate(sorted(values, key=_role_rank)):
-        updates = sorted(values[role])
+        colour, updates = colours(index % colours.N), sorted(values[role])
         found = [values[role][update] for update in updates]
-        means = [sum(each) / len(each) for each in found]
-        axes.plot(updates, means, label=role, color=colours(index % 10), linewidth=1.6)
-        axes.fill_between(
-            updates,
-            [min(each) for each in found],
-            [max(each) for each in found],
-            color=colours(index % 10),
-            alpha=0.15,
-            linewidth=0,
-        )
+        axes.plot(updates, [each.mean for each in found], label=role, color=colour, linewidth=1.6)
+        low, high = [each.low for each in found], [each.high for each in found]
+        axes.fill_between(updates, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("update")
     axes.legend(ncols=2, fontsize=8)

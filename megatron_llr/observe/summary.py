@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_llr.records import Directory, role_of
+from megatron_llr.records import Directory, MatrixInfo, block_key, block_of, role_of
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,33 @@ class Spread:
     high: float
 
 
+def spread_of(values: Iterable[float | None]) -> Spread | None:
+    """Spread of what is there: None and NaN are left out; None if nothing is left."""
+    found = [value for value in values if value is not None and value == value]
+    return Spread(sum(found) / len(found), min(found), max(found)) if found else None
+
+
 def by_role(values: Mapping[str, float]) -> dict[str, Spread]:
     """Role -> spread of a quantity, roles in the order of their first matrix; NaN is left out."""
     grouped: dict[str, list[float]] = defaultdict(list)
     for matrix, value in values.items():
-        if value == value:
-            grouped[role_of(matrix)].append(value)
-    return {
-        role: Spread(sum(found) / len(found), min(found), max(found))
-        for role, found in grouped.items()
-    }
+        grouped[role_of(matrix)].append(value)
+    spreads = {role: spread_of(found) for role, found in grouped.items()}
+    return {role: spread for role, spread in spreads.items() if spread is not None}
+
+
+def by_block_and_role(matrices: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """(block label, role) -> matrix ids, in their order: the experts of a block come together."""
+    grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for matrix in matrices:
+        grouped[block_label(matrix), role_of(matrix)].append(matrix)
+    return dict(grouped)
+
+
+def block_label(matrix: str) -> str:
+    """The block's number, `mtp.0` in multi-token prediction, nothing outside."""
+    block, key = block_of(matrix), block_key(matrix)
+    return str(block) if block is not None else "" if key == matrix else key
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -41,12 +58,10 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def role_table(alphas: Mapping[str, float], multipliers: Mapping[str, float]) -> str:
+def role_table(
+    counts: Mapping[str, int], exponents: Mapping[str, Spread], multipliers: Mapping[str, Spread]
+) -> str:
     """Per role: number of matrices, mean alpha_hill_median, range of multipliers."""
-    exponents, factors = by_role(alphas), by_role(multipliers)
-    counts: dict[str, int] = defaultdict(int)
-    for matrix in multipliers:
-        counts[role_of(matrix)] += 1
     rows = [
         (
             role,
@@ -54,7 +69,7 @@ def role_table(alphas: Mapping[str, float], multipliers: Mapping[str, float]) ->
             f"{exponents[role].mean:.3f}" if role in exponents else "-",
             f"{factor.low:.3f} to {factor.high:.3f}",
         )
-        for role, factor in factors.items()
+        for role, factor in multipliers.items()
     ]
     return text_table(("role", "matrices", "mean alpha_hill_median", "multiplier"), rows)
 
@@ -63,19 +78,44 @@ def matrix_table(
     directory: Directory, owners: Mapping[str, int], multipliers: Mapping[str, float]
 ) -> str:
     """Every matrix with its role, shape, the ranks that hold it, its owner and its multiplier."""
+    rows = [
+        (
+            matrix,
+            role_of(matrix),
+            f"{info.rows}x{info.columns}",
+            _holders(info),
+            owners.get(matrix, "-"),
+            f"{multipliers.get(matrix, 1.0):.4f}",
+        )
+        for matrix, info in directory.items()
+    ]
+    return text_table(("matrix", "role", "shape", "shards", "owner", "multiplier"), rows)
+
+
+def _holders(info: MatrixInfo) -> str:
+    replicas = len(info.holders)
+    ranks = ",".join(str(rank) for rank in info.holders[0])
+    shards = f"{len(info.holders[0]) if info.split else 1} on ranks {ranks}"
+    return shards + (f" (x{replicas})" if replicas > 1 else "")
+
+
+def block_table(
+    directory: Directory, owners: Mapping[str, int], multipliers: Mapping[str, float]
+) -> str:
+    """Every role of every block: matrices, their shapes, how many ranks own them, multipliers."""
     rows = []
-    for matrix, info in directory.items():
-        replicas = len(info.holders)
-        holders = ",".join(str(rank) for rank in info.holders[0])
-        shards = f"{len(info.holders[0]) if info.split else 1} on ranks {holders}"
+    for (block, role), matrices in by_block_and_role(directory).items():
+        shapes = {f"{directory[m].rows}x{directory[m].columns}" for m in matrices}
+        factor = spread_of(multipliers.get(matrix, 1.0) for matrix in matrices)
+        assert factor is not None
         rows.append(
             (
-                matrix,
-                role_of(matrix),
-                f"{info.rows}x{info.columns}",
-                shards + (f" (x{replicas})" if replicas > 1 else ""),
-                owners.get(matrix, "-"),
-                f"{multipliers.get(matrix, 1.0):.4f}",
+                block or "-",
+                role,
+                len(matrices),
+                ", ".join(sorted(shapes)),
+                len({owners[matrix] for matrix in matrices if matrix in owners}) or "-",
+                f"{factor.low:.4f} to {factor.high:.4f}",
             )
         )
-    return text_table(("matrix", "role", "shape", "shards", "owner", "multiplier"), rows)
+    return text_table(("block", "role", "matrices", "shape", "owners", "multiplier"), rows)

@@ -15,6 +15,7 @@ import torch
 from megatron_llr.optim.capability import stepping
 from megatron_llr.optim.masters import Master, leaf_optimizers, masters_of
 from megatron_llr.optim.row_scaling import RowScaling
+from megatron_llr.optim.step_plan import StepPlan, equal_multipliers
 from megatron_llr.optim.updates import UpdateRecorder, square_sum
 from megatron_llr.optim.views import FusedTensor, Part
 from megatron_llr.sharding.layout import flat_ranges
@@ -49,6 +50,10 @@ class InnerGroups:
         self.recorder: UpdateRecorder | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
+        self.matrices = list(dict.fromkeys(m for _, found in parts.values() for m, _ in found))
+        self._plan: StepPlan | None = None
+        self._planned_for: Mapping[str, float] | None = None
+        self._numbers: Mapping[str, int] = {}
         self._fused: dict[int, FusedTensor] = {}
         self._depth = 0
         self._base_groups: list[dict[str, Any]] = []
@@ -98,59 +103,47 @@ class InnerGroups:
     def _install(self) -> None:
         inner = self.optimizer
         self._base_groups, self._base_state = inner.param_groups, inner.state
-        self._viewed = []
-        self._pieces = [self._split(group) for group in self._base_groups]
+        plan = self._plan_of(self._base_groups)
+        for tensor, parts in plan.scaled:
+            assert not self.is_inseparable(tensor), f"one multiplier for {[m for m, _ in parts]}"
+            self._row_scaling.scale(tensor, parts, self.multipliers)
+        for fused in plan.fused:
+            fused.slice_gradient()
+        self._viewed = plan.fused
+        self._pieces = plan.fill(self._base_groups, self.multipliers, self._settings)
         # A rate that is a tensor is overwritten in place by the scheduler.
         self._rates = [(group["lr"] * 1.0, group["params"]) for group in self._base_groups]
         if self._viewed:
             inner.state = self._lent_state()  # type: ignore[assignment]
         inner.param_groups = [piece for pieces in self._pieces for piece in pieces]
 
-    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """One group per multiplier; a group with no tensors on this rank stays as it is."""
-        if not group["params"]:
-            return [group]
-        by_multiplier: dict[float, list[torch.Tensor]] = defaultdict(list)
-        for tensor in group["params"]:
-            for multiplier, piece in self._pieces_of(tensor):
-                by_multiplier[multiplier].append(piece)
-        return [
-            self._group(group, multiplier, tensors) for multiplier, tensors in by_multiplier.items()
-        ]
+    def _plan_of(self, groups: list[dict[str, Any]]) -> StepPlan:
+        """The plan of the last step, if it still holds; else a new one."""
+        if self._planned_for is not self.multipliers:
+            self._numbers = equal_multipliers(self.matrices, self.multipliers)
+            self._planned_for = self.multipliers
+        if self._plan is None or not self._plan.fits(groups, self._numbers):
+            show = None if self.stepping == "whole" else self._show
+            self._plan = StepPlan(groups, self.parts, self._numbers, show)
+        return self._plan
 
-    def _pieces_of(self, tensor: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
-        _, parts = self.parts.get(id(tensor), (None, ()))
-        multipliers = {matrix: self.multipliers.get(matrix, 1.0) for matrix, _ in parts}
-        if len(set(multipliers.values())) <= 1:
-            return [(next(iter(multipliers.values()), 1.0), tensor)]
-        if self.stepping == "whole":
-            assert not self.is_inseparable(tensor), f"one multiplier for {list(multipliers)}"
-            self._row_scaling.scale(tensor, parts, multipliers)
-            return [(1.0, tensor)]
+    def _show(self, tensor: torch.Tensor, parts: tuple[Part, ...]) -> FusedTensor:
         fused = self._fused.get(id(tensor))
-        if fused is None or fused.is_stale():
-            fused = self._fused[id(tensor)] = FusedTensor(
-                tensor, parts, strided=self.stepping == "strided"
-            )
-        fused.slice_gradient()
-        self._viewed.append(fused)
-        return [
-            (multiplier, view)
-            for matrix, multiplier in multipliers.items()
-            for view in fused.views[matrix]
-        ]
+        if fused is None or fused.is_stale() or fused.parts != parts:
+            strided = self.stepping == "strided"
+            fused = self._fused[id(tensor)] = FusedTensor(tensor, parts, strided=strided)
+        return fused
 
-    def _group(
-        self, base: dict[str, Any], multiplier: float, tensors: list[torch.Tensor]
-    ) -> dict[str, Any]:
+    def _settings(self, base: dict[str, Any], multiplier: float) -> dict[str, Any]:
+        """What a piece of a group has of its own."""
         on_rate, on_decay = self._factors(multiplier)
         # A copy where the rate is a tensor: the scheduler overwrites that in place.
-        piece = {**base, "params": tensors, "lr": base["lr"] * on_rate}
+        found = {"lr": base["lr"] * on_rate}
         if "weight_decay" in base:
-            piece["weight_decay"] = base["weight_decay"] * on_decay
+            found["weight_decay"] = base["weight_decay"] * on_decay
         if isinstance(base.get("step"), torch.Tensor):
-            piece["step"] = base["step"].clone()
-        return piece
+            found["step"] = base["step"].clone()
+        return found
 
     def _factors(self, multiplier: float) -> tuple[float, float]:
         """Factors on the learning rate and on the weight decay."""
@@ -190,9 +183,9 @@ class InnerGroups:
         if not self._viewed:
             return
         lent = self.optimizer.state
-        views = {id(view) for f in self._viewed for vs in f.views.values() for view in vs}
+        assert self._plan is not None
         for tensor, state in lent.items():
-            if id(tensor) not in views:
+            if id(tensor) not in self._plan.views:
                 self._base_state[tensor] = state
         for fused in self._viewed:
             fused.return_state(self._base_state[fused.tensor], lent)
@@ -246,6 +239,11 @@ class LayerGroups:
             )
 
     @property
+    def matrices(self) -> list[str]:
+        """Those of which this rank's optimizers step a part."""
+        return [matrix for inner in self._inner for matrix in inner.matrices]
+
+    @property
     def inseparable(self) -> dict[str, str]:
         """Matrix that must share its parameter's multiplier -> the optimizer that demands it."""
         return {
@@ -259,7 +257,7 @@ class LayerGroups:
     def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
         """Multipliers for the next update; a matrix that is not named has 1."""
         for inner in self._inner:
-            inner.multipliers = dict(multipliers)
+            inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
 
     def record_updates(self, shards: Sequence[MatrixShard]) -> None:
         """Make ready to record what a step changes; rows that the catalog leaves out do not count.
@@ -302,7 +300,7 @@ class LayerGroups:
             number of elements whose change was recorded.
         """
         index = {matrix: row for row, matrix in enumerate(matrices)}
-        sums = torch.zeros(len(matrices), 5, dtype=torch.float64)
+        known = [[0.0] * 5 for _ in matrices]
         cells: list[tuple[int, int]] = []
         squares: list[torch.Tensor] = []
         by_parameter = _by_parameter(shards)
@@ -313,14 +311,15 @@ class LayerGroups:
                 flat = master.tensor.detach().view(-1)
                 for matrix, ranges in _parts(master, by_parameter[id(master.parameter)]):
                     count = sum(last - first for first, last in ranges)
-                    sums[index[matrix], 1] += count
-                    sums[index[matrix], 2] += count * rate
+                    known[index[matrix]][1] += count
+                    known[index[matrix]][2] += count * rate
                     squares.append(square_sum(flat, ranges))
                     cells.append((index[matrix], 0))
             for matrix, count, changed in inner.recorder.take() if inner.recorder else ():
-                sums[index[matrix], 4] += count
+                known[index[matrix]][4] += count
                 squares.append(changed)
                 cells.append((index[matrix], 3))
+        sums = torch.tensor(known, dtype=torch.float64).view(-1, 5)
         if cells:
             rows, columns = torch.tensor(cells).unbind(1)
             sums.index_put_((rows, columns), torch.stack(squares).cpu(), accumulate=True)

@@ -11,10 +11,12 @@ from megatron_llr.optim.views import Part, windows
 
 def square_sum(flat: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Sum of squares over ranges of a flattened tensor: fp64, no dimensions, on its device."""
-    norms = [
+    norms: list[torch.Tensor] = [
         torch.linalg.vector_norm(window.of(flat), dtype=torch.float64)
         for window in windows(ranges, strided=True)
     ]
+    if len(norms) == 1:
+        return norms[0].square()
     # Nothing of a matrix may lie here: a slice of a vocabulary's padding alone.
     return torch.stack(norms).square().sum() if norms else flat.new_zeros((), dtype=torch.float64)
 

@@ -83,8 +83,11 @@ class FusedTensor:
             for matrix, found in shown.items()
             for view, window in zip(self.views[matrix], found, strict=True)
         ]
-        self._kept_gradient: torch.Tensor | None = None
+        # What the views' gradients are slices of; None where the tensor had none.
+        self._gradients: dict[str, torch.Tensor | None] = {}
         self._sources: dict[str, Any] = {}
+        # Of the first view's state, what shares memory with the tensor's.
+        self._shared: dict[str, Any] = {}
         self._states: list[dict[str, Any]] = [{} for _ in self._windowed]
 
     def is_stale(self) -> bool:
@@ -95,8 +98,9 @@ class FusedTensor:
         """Give every view its part of the tensor's gradient, under the name it stands under."""
         for name in ("grad", "decoupled_grad"):
             gradient = getattr(self.tensor, name, None)
-            if gradient is not None and gradient is self._kept_gradient:
+            if name in self._gradients and gradient is self._gradients[name]:
                 continue
+            self._gradients[name] = gradient
             if gradient is None:
                 for view, _ in self._windowed:
                     setattr(view, name, None)
@@ -112,12 +116,12 @@ class FusedTensor:
         """
         gradient = getattr(self.tensor, "grad", None)
         if gradient is not None and gradient is getattr(self.tensor, "main_grad", None):
-            self._kept_gradient = gradient
             return
-        self._kept_gradient = None
-        for view, _ in self._windowed:
-            view.grad = None
-            view.decoupled_grad = None  # type: ignore[attr-defined]
+        for name, sliced in self._gradients.items():
+            if sliced is not None:
+                for view, _ in self._windowed:
+                    setattr(view, name, None)
+                self._gradients[name] = None
 
     def lend_state(self, base: Mapping[str, Any], to: dict[Any, Any]) -> None:
         """Put the state of every view into `to`: slices of `base`, counters copied.
@@ -132,6 +136,11 @@ class FusedTensor:
                 {key: self._slice(value, window) for key, value in base.items()}
                 for _, window in self._windowed
             ]
+            self._shared = {
+                key: value
+                for key, value in self._states[0].items()
+                if isinstance(value, torch.Tensor) and base[key].numel() == self.tensor.numel()
+            }
         for (view, _), state in zip(self._windowed, self._states, strict=True):
             to[view] = state
 
@@ -141,6 +150,8 @@ class FusedTensor:
         if not states or not states[0]:
             return
         for key, value in states[0].items():
+            if value is self._shared.get(key) and key in base:
+                continue
             # A counter has one element; so may a view, but a counter has no axis.
             if isinstance(value, torch.Tensor) and value.shape == self._windowed[0][0].shape:
                 if key not in base:

@@ -42,7 +42,7 @@ def record_from_eigenvalues(
     Args:
         eigenvalues: [N] fp64 eigenvalues of WᵀW, ascending; NaN throughout if there are none.
         estimators: which exponents to fit; alpha_hill_median always is.
-        method: how the eigenvalues were got.
+        method: how the eigenvalues were got; `failed` takes its place where they are not finite.
 
     Raises:
         ValueError: if an estimator is unknown.
@@ -74,7 +74,7 @@ def record_from_eigenvalues(
         entropy=_entropy(eigenvalues) if has_spectrum else math.nan,
         num_eigenvalues=eigenvalues.numel(),
         fit_distance=tail_fit.fit_distance(eigenvalues, start, hill) if has_spectrum else math.nan,
-        method=method,
+        method=method if math.isfinite(total) else "failed",
     )
 
 

@@ -4,11 +4,20 @@ Shapes: `R` rows, `C` columns, `N` = min(R, C) eigenvalues.
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 
+from megatron_llr.errors import first_line
+
+logger = logging.getLogger(__name__)
+
 _SolverError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+# How torch begins the errors of a GPU's solver libraries (cusolver, hipsolver, magma), which reach
+# Python as plain RuntimeErrors where they are no LinAlgError.
+_GPU_SOLVERS = ("solver error", "magma")
 
 # Where lambda_max exceeds the tail start by more than this, an fp32 Gram matrix no longer holds the
 # tail: alpha_hill_median is off by 1e-4 at a ratio of singular values of 370 (measured).
@@ -36,18 +45,67 @@ def _gram_eigenvalues(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
     eigenvalues: torch.Tensor = torch.linalg.eigvalsh(gram)
-    return eigenvalues.clamp_min(0.0)
+    return eigenvalues.clamp_min(0.0).double()
+
+
+def _squared_singular_values(weight: torch.Tensor) -> torch.Tensor:
+    values: torch.Tensor = torch.linalg.svdvals(weight.double()).flip(0)
+    # Below this a singular value is rounding alone: the matrix has a lower rank.
+    rounding = values.numel() * torch.finfo(values.dtype).eps * values[-1]
+    # NaN is not below it, so that a solver which gave NaN is found out.
+    return values.masked_fill(values <= rounding, 0.0).square()
+
+
+# Ways to the eigenvalues in the order in which they are tried: the range that each holds, itself.
+_METHODS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "gram32": (FP32_GRAM_RANGE, lambda weight: _gram_eigenvalues(weight, torch.float32)),
+    "gram64": (FP64_GRAM_RANGE, lambda weight: _gram_eigenvalues(weight, torch.float64)),
+    "svd64": (math.inf, _squared_singular_values),
+}
 
 
 def _holds(eigenvalues: torch.Tensor, allowed_range: float) -> bool:
     """Whether the upper half of the spectrum stands clear of rounding."""
     tail_start = eigenvalues[eigenvalues.numel() // 2]
-    return bool(eigenvalues[-1] <= allowed_range * tail_start)
+    return allowed_range == math.inf or bool(eigenvalues[-1] <= allowed_range * tail_start)
+
+
+def _is_solvers(error: RuntimeError) -> bool:
+    """Whether a solver gave up on this matrix; all else (no memory, a dead GPU) is no reason to go
+    on.
+    """
+    if isinstance(error, _SolverError):
+        return True
+    text = str(error)
+    return any(name in text.lower() for name in _GPU_SOLVERS) and "ALLOC_FAILED" not in text
+
+
+def _attempt(method: str, weight: torch.Tensor) -> torch.Tensor | None:
+    """[N] finite eigenvalues, or None where the solver failed."""
+    _, solve = _METHODS[method]
+    try:
+        with _full_precision_products():
+            eigenvalues = solve(weight)
+    except RuntimeError as error:
+        if not _is_solvers(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    else:
+        # A GPU's solver may give NaN where that of a CPU raises.
+        if torch.isfinite(eigenvalues).all():
+            return eigenvalues
+        reason = "eigenvalues that are not finite"
+    shape = "x".join(map(str, weight.shape))
+    logger.warning("megatron_llr: %s of a matrix of %s failed: %s", method, shape, reason)
+    return None
 
 
 @torch.no_grad()
 def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.Tensor, str]:
     """Squared singular values of a matrix.
+
+    Where a solver fails (it raises, or gives values that are not finite) the next more careful one
+    is asked: fp32 Gram matrix, fp64 Gram matrix, singular values in fp64.
 
     Args:
         weight: [R, C], any float dtype, any device.
@@ -61,24 +119,18 @@ def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.T
 
     Raises:
         ValueError: if `weight` is not a matrix.
+        RuntimeError: where no other solver could help: memory ran out, the device is lost.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"expected a matrix, got a tensor of shape {tuple(weight.shape)}")
     weight = weight.detach()
     full = full or min(weight.shape) <= SMALL
     if torch.isfinite(weight).all():
-        for method, allowed_range in (("gram32", FP32_GRAM_RANGE), ("gram64", FP64_GRAM_RANGE)):
+        for method, (allowed_range, _) in _METHODS.items():
             if full and method == "gram32":
                 continue
-            with contextlib.suppress(_SolverError), _full_precision_products():
-                dtype = torch.float32 if method == "gram32" else torch.float64
-                eigenvalues = _gram_eigenvalues(weight, dtype)
-                if _holds(eigenvalues, allowed_range) and torch.isfinite(eigenvalues).all():
-                    return eigenvalues.double(), method
-        with contextlib.suppress(_SolverError):
-            values = torch.linalg.svdvals(weight.double()).flip(0)
-            # Below this a singular value is rounding alone: the matrix has a lower rank.
-            rounding = values.numel() * torch.finfo(values.dtype).eps * values[-1]
-            return torch.where(values > rounding, values, 0.0).square(), "svd64"
+            eigenvalues = _attempt(method, weight)
+            if eigenvalues is not None and _holds(eigenvalues, allowed_range):
+                return eigenvalues, method
     nothing = torch.full((min(weight.shape),), torch.nan, dtype=torch.float64, device=weight.device)
     return nothing, "failed"

@@ -11,8 +11,8 @@ from megatron_llr import host, library
 from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
-from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.observer import Observer
+from megatron_llr.ranks import together
 from megatron_llr.training.same_start import draw_weights
 from megatron_llr.training.scheduler import LayerwiseParamScheduler
 
@@ -48,8 +48,11 @@ class _Seams:
     def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
         """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
         self._model_chunks = model_chunks
+        # The first place that all ranks come to with a process group.
+        seed = host.get_args().seed
+        library.require_same_settings(self.config, seed=seed)
         if self.config.same_start:
-            draw_weights(model_chunks, host.get_args().seed)
+            together(lambda: draw_weights(model_chunks, seed))
         return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
 
     def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:
@@ -70,6 +73,8 @@ class _Seams:
         """After Megatron's own set-up the weights are loaded and all ranks are here: prepare."""
         built = self._setup(*args, **kwargs)
         assert self.controller is not None
+        _, _, scheduler = built
+        together(scheduler.restore_controller)
         self.controller.prepare(host.get_args().iteration)
         if self.config.dry_run:
             host.print_rank_0(self.controller.describe())
@@ -80,10 +85,8 @@ class _Seams:
 
 def _observer(config: LLRConfig, log_interval: int) -> Observer:
     # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
-    folder = config.log_dir if dist.get_rank() == 0 else None
-    return Observer(
-        say=library.say,
-        csv_log=CsvLog(folder) if folder else None,
+    return library.make_observer(
+        config,
         tensorboard=host.get_tensorboard_writer(),
         wandb=host.get_wandb_writer(),
         log_interval=log_interval,

@@ -5,7 +5,9 @@ from argparse import Namespace
 import torch.distributed as dist
 
 from megatron_llr import host
+from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
+from megatron_llr.ranks import together
 from megatron_llr.training import gpt
 from megatron_llr.training.arguments import (
     add_llr_arguments,
@@ -33,6 +35,13 @@ def run_loop(args: Namespace) -> None:
     )
 
 
+def _checked(args: Namespace) -> LLRConfig:
+    config = config_from_args(args)
+    refuse_unsupported(args)
+    require_packages(args)
+    return config
+
+
 def pretrain() -> LayerwiseController:
     """Parse `sys.argv`, then train with `megatron.training.pretrain`.
 
@@ -45,9 +54,8 @@ def pretrain() -> LayerwiseController:
     """
     use_prebuilt_dataset_helpers()
     args = host.parse_and_validate_args(extra_args_provider=add_llr_arguments)
-    config = config_from_args(args)
-    refuse_unsupported(args)
-    require_packages(args)
+    # Alone on this rank where there is no process group yet, which is Megatron's to make.
+    config = together(lambda: _checked(args))
     with installed(config) as seams:
         run_loop(args)
     assert seams.controller is not None

@@ -22,6 +22,7 @@ class LayerwiseParamScheduler(host.OptimizerParamScheduler):  # type: ignore[mis
         # Megatron's constructor calls step(0).
         self._controller = controller
         self._loading = False
+        self._saved: str | None = None
         super().__init__(*args, **kwargs)
 
     def step(self, increment: int) -> None:
@@ -36,12 +37,23 @@ class LayerwiseParamScheduler(host.OptimizerParamScheduler):  # type: ignore[mis
         return {**super().state_dict(), state.KEY: state.encode(document) if document else ""}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load Megatron's state, and the controller's where the checkpoint has one."""
+        """Load Megatron's state; keep the controller's for `restore_controller`."""
         # Megatron's loader calls step(num_steps), which is no update.
         self._loading = True
         try:
             super().load_state_dict(state_dict)
         finally:
             self._loading = False
+        self._saved = state_dict.get(state.KEY)
+
+    def restore_controller(self) -> None:
+        """Give the controller its state, where the checkpoint has one.
+
+        Apart from `load_state_dict`, after which Megatron's loader still has collectives: a state
+        that one rank alone cannot use would leave the others there.
+
+        Raises:
+            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
+        """
         if not self._controller.config.reset_state:
-            self._controller.load_state_dict(state.decode(state_dict.get(state.KEY)) or {})
+            self._controller.load_state_dict(state.decode(self._saved) or {})

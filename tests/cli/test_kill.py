@@ -1,11 +1,13 @@
-"""Kill -9 a job between two saves, or within one; start it again with the same command."""
+"""Kill -9 a job, or one rank of it, anywhere; start it again with the same command."""
 
 import fcntl
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ FLAGS = (
     "--bf16 --use-distributed-optimizer --attention-dropout 0 --hidden-dropout 0"
 ).split()
 FIRST, LAST = 60, 100
+FAULTY = Path(__file__).with_name("faulty.py")
 
 FORMATS = {
     "dist": "",
@@ -43,17 +46,32 @@ class Job:
             *("--tensorboard-dir", str(folder / "tensorboard"), "--llr-log-dir", str(folder)),
         ]
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self, output: Any = subprocess.PIPE) -> "subprocess.Popen[bytes]":
         # Unbuffered, so that the pipe alone lies between the job and its reader.
         quiet = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+        mark = {"LLR_TEST_JOB": str(self.folder)}
         return subprocess.Popen(
             self.command,
             cwd=ROOT,
-            env={**environment(), **quiet},
+            env={**environment(), **quiet, **mark},
             bufsize=0,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+    def fail(self) -> str:
+        """Run to an end that must be an error; what it printed."""
+        with tempfile.TemporaryFile() as printed:
+            process = self._start(printed)
+            try:
+                assert process.wait(timeout=240) != 0
+            finally:
+                # Megatron's checkpoint worker outlives a rank that was killed.
+                for left in psutil.process_iter(["environ"]):
+                    if (left.info["environ"] or {}).get("LLR_TEST_JOB") == str(self.folder):
+                        left.kill()
+            printed.seek(0)
+            return printed.read().decode(errors="replace")
 
     def finish(self) -> str:
         """Run to the end; what it printed."""
@@ -192,3 +210,57 @@ def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
     job.finish()
     assert_the_same(job, unbroken)
     assert_same_weights(job, unbroken)
+
+
+def test_a_rank_that_dies_within_a_measurement_ends_the_job(unbroken: Job, tmp_path: Path) -> None:
+    """Rank 1, before it shares its records in the measurement before update 80, the third."""
+    job, faulty = Job(tmp_path, ""), Job(tmp_path, "")
+    script = faulty.command.index("pretrain_gpt_llr.py")
+    faulty.command[script : script + 1] = [str(FAULTY), "SIGKILL", "3"]
+    printed = faulty.fail()
+    assert "broke off during a measurement: got RuntimeError: " in printed
+    assert "look for the first error of the other ranks: one of them died" in printed
+    assert "Signal 9 (SIGKILL)" in printed
+    assert "iteration       78/     100" in printed
+    assert "iteration       79/     100" not in printed
+    assert job.last_saved == FIRST
+    job.finish()
+    assert_the_same(job, unbroken)
+    assert_same_weights(job, unbroken)
+
+
+def test_a_rank_that_stands_still_is_noticed_when_the_time_is_up() -> None:
+    """SIGSTOP on rank 1 before update 4; Megatron shortens the time after the first update."""
+    flags = "--distributed-timeout-seconds-after-init 15 --tensor-model-parallel-size 2".split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Without torchrun, which would wait half a minute for the one that cannot end.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(FAULTY), "SIGSTOP", "3", *MODEL, *flags],
+            cwd=ROOT,
+            env={
+                **environment(),
+                **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        printed, _ = ranks[0].communicate(timeout=240)
+        assert ranks[0].returncode not in (0, None)
+        assert psutil.Process(ranks[1].pid).status() == psutil.STATUS_STOPPED
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate(timeout=60)
+    assert "measured 14 matrices before update 2 " in printed
+    errors = [line for line in printed.splitlines() if "RuntimeError: megatron" in line]
+    assert "broke off during a measurement: got RuntimeError: " in errors[-1]
+    assert "Timed out waiting 15000ms" in errors[-1]
+    assert "--distributed-timeout-minutes" in errors[-1]

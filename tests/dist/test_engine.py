@@ -54,7 +54,9 @@ def test_no_spectrum_is_computed_twice_anywhere(
 def test_sharded_pools_the_singular_values_of_the_shards(layout: Layout) -> None:
     """With tensor parallelism: each rank's own, pooled; without: the same as exact."""
     run = train(layout.flags, "--exit-interval 1 --llr-spectrum sharded")
+    run.controller._engine.readers = range(dist.get_world_size())
     spectra = run.controller._engine.measure().spectra
+    assert len(spectra) == 28
     ways = len(next(iter(run.controller.directory.values())).holders[0])
     for matrix, weight in run.whole_weights().items():
         if matrix in spectra:
@@ -83,6 +85,7 @@ def test_farms_pools_the_submatrices_of_whole_matrices(split_layout: Layout) -> 
     """Windows of 64: the same spectra on every layout, as on the whole weights in one process."""
     flags = "--llr-spectrum farms --llr-farms-rows 64 --llr-farms-windows 3"
     run = train(split_layout.flags, flags, "--exit-interval 1")
+    run.controller._engine.readers = range(dist.get_world_size())
     measured = run.controller._engine.measure()
     weights = run.whole_weights()
     assert measured.table["block.0.mlp.up"].num_eigenvalues == 3 * 3 * 64
@@ -109,6 +112,16 @@ def test_a_measured_embedding_does_not_depend_on_padding(split_layout: Layout) -
             assert run.alphas[matrix] == pytest.approx(hill_median(whole[matrix]), rel=1e-3)
         alphas[divisible] = run.alphas
     assert set(alphas) == {2, 32}
+
+
+@pytest.mark.world_size(1)
+def test_dry_run_prints_blocks_and_roles_if_asked_to(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train("--llr-dry-run --llr-log-matrices roles")
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["block", "role", "matrices", "shape", "owners", "multiplier"] in lines
+    (down,) = (line for line in lines if line[:2] == ["3", "down"])
+    assert down[2:5] == ["1", "128x192", "1"]
 
 
 def test_dry_run_prints_and_stops_with_code_0(

@@ -32,7 +32,6 @@ def error_of(*flags: str) -> str:
         ("--llr-policy best", "bad --llr-policy"),
         ("--llr-interval 4 --llr-ramp-iters 4", "bad --llr-ramp-iters: got 4; allowed: 0 to"),
         ("--llr-active-fraction 0.01", "--llr-active-fraction leaves no update"),
-        ("--mtp-num-layers 1", "--mtp-num-layers is not supported yet"),
         ("--sft", "--sft is not supported yet"),
         ("--logits-load-dir x", "--logits-load-dir is not supported yet"),
         (
@@ -52,6 +51,8 @@ def test_a_policy_of_ones_own_must_be_there_and_give_the_same_on_every_rank(
         "import os\n"
         "def by_rank(alphas, config):\n"
         "    return {m: 1.0 + int(os.environ['RANK']) for m in alphas}\n"
+        "def mixed(alphas, config):\n    return {}\n"
+        "mixed.acts_on = ('learning_rate', 'weight_decay')[int(os.environ['RANK'])]\n"
         "def halves(alphas, config):\n    return {m: 0.5 for m in alphas if 'up' in m}\n"
     )
     dist.barrier()
@@ -63,6 +64,8 @@ def test_a_policy_of_ones_own_must_be_there_and_give_the_same_on_every_rank(
     if dist.get_world_size() == 2:
         text = error_of(f"--llr-policy {module}:by_rank")
         assert "target of embedding differs between ranks: got 1.0 on rank 0, 2.0 on rank 1" in text
+        text = error_of(f"--llr-policy {module}:mixed")
+        assert f"what --llr-policy {module}:mixed acts on differs between ranks" in text
 
 
 @pytest.mark.parametrize("found", ["0.16.1", "0.20.0"])
@@ -70,11 +73,6 @@ def test_another_megatron_core_is_refused(found: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(host.metadata, "version", lambda name: found)
     with pytest.raises(ValueError, match=rf"megatron-core: got {found}; allowed: >=0.19,<0.20"):
         host.check_version()
-
-
-@pytest.mark.world_size(2)
-def test_context_parallelism_is_refused_by_name() -> None:
-    assert "--context-parallel-size is not supported yet" in error_of("--context-parallel-size 2")
 
 
 def spoil(run: Run, matrix: str, value: float) -> None:
@@ -144,3 +142,25 @@ def test_a_log_folder_that_cannot_be_written_is_an_error_at_start(shared_dir: Pa
     dist.barrier()
     with pytest.raises((ValueError, RuntimeError), match="file"):
         train(f"--llr-log-dir {shared_dir / 'file'}")
+
+
+@pytest.mark.world_size(2)
+def test_a_disk_that_fills_up_during_training_costs_the_log_alone(
+    shared_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files on /dev/full from the second update on: the losses are those of an undisturbed run."""
+    names = ("measurements.csv", "learning_rates.csv", "spectra.part.npz")
+
+    def fill_up(run: Run, update: int, done: bool) -> None:
+        if update == 2 and not done and dist.get_rank() == 0:
+            for name in names:
+                (shared_dir / name).unlink(missing_ok=True)
+                (shared_dir / name).symlink_to("/dev/full")
+
+    run = train(f"--llr-log-dir {shared_dir}", on_update=fill_up)
+    undisturbed = train()
+    assert run.losses == undisturbed.losses
+    assert run.multipliers == undisturbed.multipliers
+    if dist.get_rank() == 0:
+        # Updates 2 to 8 have rates each; the measurement before update 4 has rows and spectra.
+        assert caplog.text.count(f"{shared_dir} not written: [Errno 28]") == 7 + 2

@@ -11,7 +11,10 @@ import torch.distributed as dist
 from harness import Run, train
 from layouts import HERE
 
-from megatron_llr.observe.csv_log import MEASUREMENT_FIELDS, RATE_FIELDS
+from megatron_llr import controller
+from megatron_llr.engine import measure
+from megatron_llr.observe.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
+from megatron_llr.optim.layer_groups import LayerGroups
 from megatron_llr.ranks import together
 from tests.reference import llr as reference
 
@@ -119,6 +122,64 @@ def test_a_resumed_run_cuts_the_rows_that_it_writes_again(shared_dir: Path) -> N
             assert rows(shared_dir / "log" / name) == kept, name
 
     on_all_ranks(check)
+
+
+EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 128 --moe-token-dispatcher-type allgather"
+
+
+@pytest.mark.world_size(1, 2)
+def test_blocks_and_roles_are_logged_instead_of_matrices(
+    shared_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of a block share rows; no spectrum travels; a resumed run may change the choice."""
+    monkeypatch.setattr(controller, "_MANY", 20)
+    gather = measure.all_gather_in_batches
+    monkeypatch.setattr(measure, "all_gather_in_batches", None)
+    log = f"--llr-log-dir {shared_dir / 'log'} --num-layers 2"
+    flags = f"{EXPERTS} --expert-model-parallel-size {dist.get_world_size()} {log}"
+    roles = train(flags, f"--llr-log-matrices roles --save {shared_dir / 'ckpt'} --save-interval 2")
+    assert "logs blocks and roles" not in capfd.readouterr().out
+
+    def check() -> None:
+        log = shared_dir / "log"
+        assert sorted(path.name for path in log.iterdir()) == [
+            "learning_rates_by_role.csv",
+            "measurements_by_role.csv",
+        ]
+        measured = rows(log / "measurements_by_role.csv")
+        last = {(r["block"], r["role"]): r for r in measured if r["iteration"] == "4"}
+        assert len(last) == 2 + 2 * (4 + 1 + 3)
+        alphas = [roles.alphas[f"block.1.mlp.expert.{number}.up"] for number in range(4)]
+        row = last["1", "expert.up"]
+        assert (row["matrices"], last["", "head"]["matrices"]) == ("4", "1")
+        assert float(row["alpha_hill_median_mean"]) == pytest.approx(sum(alphas) / 4)
+        assert float(row["alpha_hill_median_min"]) == min(alphas)
+        assert {r["iteration"] for r in rows(log / "learning_rates_by_role.csv")} == set("12345678")
+
+    on_all_ranks(check)
+    monkeypatch.setattr(measure, "all_gather_in_batches", gather)
+    train(flags, f"--load {shared_dir / 'ckpt'} --ckpt-step 2")
+
+    def check_both() -> None:
+        log = shared_dir / "log"
+        assert {r["iteration"] for r in rows(log / "learning_rates_by_role.csv")} == set("12")
+        assert {r["iteration"] for r in rows(log / "learning_rates.csv")} == set("345678")
+        assert len(np.load(log / "spectra.npz").files) == 2 * (4 + 4 * 3)
+        said = [line for line in capfd.readouterr().out.splitlines() if "blocks and roles" in line]
+        assert said == [
+            "[llr] 36 matrices, each with rows and curves of its own; "
+            "--llr-log-matrices roles logs blocks and roles instead"
+        ]
+
+    on_all_ranks(check_both)
+
+
+@pytest.mark.world_size(1, 2)
+def test_without_a_log_nothing_is_gathered_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "all_gather_in_batches", None)
+    monkeypatch.setattr(LayerGroups, "local_sums", None)
+    run = train(FLAGS, "--exit-interval 2")
+    assert run.controller._engine.measure().spectra == {}
 
 
 def test_uniform_measures_like_the_others(shared_dir: Path) -> None:

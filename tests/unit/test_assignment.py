@@ -49,6 +49,22 @@ def test_the_slowest_rank_is_near_the_lower_bound(name: str, tp: int, pp: int, d
     assert max(load.values()) <= 1.1 * bound
 
 
+def test_each_matrix_goes_to_the_least_loaded_of_its_holders() -> None:
+    """Against plain code, where experts have fewer holders than attention, and ties are many."""
+    matrices = model("1b", tp=2, pp=2, dp=8)
+    for expert in range(300):
+        ranks = tuple((4 * (expert % 5) + replica,) for replica in range(3))
+        name = f"block.0.mlp.expert.{expert}.up"
+        matrices.append(MatrixInfo(name, name, 512 + expert // 100, 768, ranks, False))
+    load = dict.fromkeys(range(32), 0.0)
+    owners = assign_owners(matrices)
+    for info in sorted(matrices, key=lambda info: (-cost(info), info.matrix)):
+        holders = {rank for group in info.holders for rank in group}
+        expected = min(holders, key=lambda rank: (load[rank], rank))
+        assert owners[info.matrix] == expected
+        load[expected] += cost(info)
+
+
 def test_owners_depend_on_nothing_but_the_matrices() -> None:
     matrices = model("1b", tp=2, pp=2, dp=2)
     assert assign_owners(matrices) == assign_owners(reversed(matrices))

@@ -14,7 +14,8 @@ FLAGS = """
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-embedding --llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows
---llr-log-dir --llr-log-relative-update --llr-skip-unknown --llr-dry-run --llr-reset-state
+--llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-dry-run
+--llr-reset-state
 --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 
@@ -41,6 +42,7 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"granularity": "layer"}, "--llr-granularity"),
         ({"spectrum": "approximate"}, "--llr-spectrum"),
         ({"device": "tpu"}, "--llr-device"),
+        ({"log_matrices": "experts"}, "--llr-log-matrices"),
         ({"weight_decay": "none"}, "--llr-weight-decay"),
         ({"min_multiplier": 0.0}, "--llr-min-multiplier"),
         ({"min_multiplier": 6.0}, "--llr-min-multiplier"),

@@ -102,6 +102,78 @@ def test_fused_is_bitwise_separate(kind: str, data: st.DataObject) -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@given(data=st.data())
+def test_multipliers_that_meet_and_part_are_bitwise_separate(
+    kind: str, data: st.DataObject
+) -> None:
+    """Five experts side by side, each step with other multipliers: those that are equal share a
+    group, and a view where they touch; a group that joins later and a loaded state are seen.
+    """
+    experts = [f"expert.{number}" for number in range(5)]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    whole, norm, late = (torch.randn(size, generator=generator) for size in (30, 4, 3))
+    apart = {expert: whole[6 * n : 6 * n + 6].clone() for n, expert in enumerate(experts)}
+    others = [norm.clone(), late.clone()]
+    optimizer = OPTIMIZERS[kind]([{"params": [whole, norm]}])
+    ranges = {expert: [(6 * n, 6 * n + 6)] for n, expert in enumerate(experts)}
+    groups = fused_groups(optimizer, whole, ranges)
+    separate = OPTIMIZERS[kind]([{"params": [t]} for t in (*apart.values(), others[0])])
+    joins, loads = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    for step in range(4):
+        chosen = {e: data.draw(st.sampled_from([1.0, 2.0, 5.0])) for e in experts}
+        groups.multipliers = chosen
+        if step == joins:
+            optimizer.add_param_group({"params": [late]})
+            separate.add_param_group({"params": [others[1]]})
+        if step == loads:
+            optimizer.load_state_dict(optimizer.state_dict())
+        whole.grad = torch.randn(30, generator=generator)
+        norm.grad = late.grad = None
+        for n, (expert, tensor) in enumerate(apart.items()):
+            tensor.grad = whole.grad[6 * n : 6 * n + 6].clone()
+            separate.param_groups[n]["lr"] = 0.01 * chosen[expert]
+        for mine, other in zip((norm, late), others, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        separate.step()
+        assert torch.equal(whole, torch.cat(list(apart.values())))
+        assert torch.equal(norm, others[0])
+        if step >= joins:
+            assert torch.equal(late, others[1])
+
+
+def test_equal_multipliers_share_a_group_and_touching_ones_a_view() -> None:
+    tensor = torch.nn.Parameter(torch.ones(40))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+    groups = fused_groups(optimizer, tensor, {str(n): [(10 * n, 10 * n + 10)] for n in range(4)})
+    seen: list[list[int]] = []
+    # After that of the layer groups.
+    optimizer.register_step_pre_hook(
+        lambda opt, *_: seen.append([len(group["params"]) for group in opt.param_groups])
+    )
+    for values in ((2, 2, 3, 3), (2, 3, 2, 3), (2, 2, 2, 2)):
+        groups.multipliers = {str(n): float(value) for n, value in enumerate(values)}
+        tensor.grad = torch.ones(40)
+        optimizer.step()
+    # Every second expert: one view with a stride.
+    assert seen == [[1, 1], [1, 1], [1]]
+
+
+def test_a_ramp_moves_multipliers_without_new_views() -> None:
+    tensor = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [tensor]}])
+    groups = fused_groups(optimizer, tensor, RANGES)
+    plans = []
+    for step in range(3):
+        groups.multipliers = {matrix: value + step for matrix, value in MULTIPLIERS.items()}
+        tensor.grad = torch.ones(8, 6)
+        optimizer.step()
+        plans.append(groups._plan)
+    assert plans[0] is plans[1] is plans[2]
+
+
 RANGES = {"q": [(0, 12), (24, 36)], "k": [(12, 18), (36, 42)], "v": [(18, 24), (42, 48)]}
 
 

@@ -1,13 +1,12 @@
 """analyze_matrix against plain code, and at the edges where spectra go wrong."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from megatron_llr import analyze_matrix
-from megatron_llr.spectrum import eigenvalues
-from megatron_llr.spectrum.eigenvalues import eigenvalues_of
 from tests.reference import llr as reference
 
 
@@ -61,18 +60,81 @@ def test_degenerate_spectra_have_no_exponent(weight: torch.Tensor) -> None:
     assert math.isnan(record.alpha_hill_median) or record.alpha_hill_median > 1e3
 
 
-def test_a_solver_that_fails_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, tried = torch.randn(600, 600), []
+def does_not_converge(matrix: torch.Tensor) -> torch.Tensor:
+    raise torch.linalg.LinAlgError("did not converge")
 
-    def fails(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        tried.append(dtype)
-        raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(eigenvalues, "_gram_eigenvalues", fails)
-    found, method = eigenvalues_of(weight)
-    assert tried == [torch.float32, torch.float64]
-    assert method == "svd64"
-    assert float(found[-1].sqrt()) == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)))
+def gives_nan(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.full(matrix.shape[:1], math.nan, dtype=matrix.dtype)
+
+
+def breaks_on_a_gpu(matrix: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `syevd`")
+
+
+@pytest.mark.parametrize("fails", [does_not_converge, gives_nan, breaks_on_a_gpu])
+def test_a_solver_that_fails_is_followed_by_the_next(
+    fails: Callable[[torch.Tensor], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight, tried, solve = torch.randn(600, 700), [], torch.linalg.eigvalsh
+
+    def fails_in_fp32(gram: torch.Tensor) -> torch.Tensor:
+        tried.append(gram.dtype)
+        return fails(gram) if gram.dtype == torch.float32 else solve(gram)
+
+    expected = reference.hill_median(weight)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails_in_fp32)
+    record = analyze_matrix(weight)
+    assert (tried, record.method) == ([torch.float32, torch.float64], "gram64")
+    assert record.alpha_hill_median == pytest.approx(expected, rel=1e-6)
+    assert "gram32 of a matrix of 600x700 failed: " in caplog.text
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    record = analyze_matrix(weight)
+    assert record.method == "svd64"
+    assert record.alpha_hill_median == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(torch.linalg, "svdvals", fails)
+    record = analyze_matrix(weight)
+    assert (record.method, record.num_eigenvalues) == ("failed", 600)
+    assert math.isnan(record.alpha_hill_median)
+    assert math.isnan(record.frobenius_norm)
+
+
+NO_MEMORY = "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(NO_MEMORY),
+    ],
+)
+def test_what_no_other_solver_could_mend_is_raised(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(gram: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    with pytest.raises(type(error)) as caught:
+        analyze_matrix(torch.randn(64, 64))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("scale", "method"), [(1e25, "gram64"), (1e160, "failed")])
+def test_weights_too_large_for_their_own_squares(scale: float, method: str) -> None:
+    """Squares overflow in fp32, or in fp64 too."""
+    weight = torch.randn(600, 600, generator=torch.Generator().manual_seed(1)).double()
+    record = analyze_matrix(weight * scale)
+    assert record.method == method
+    if method == "gram64":
+        assert record.alpha_hill_median == pytest.approx(reference.hill_median(weight), rel=1e-6)
+    else:
+        assert math.isnan(record.alpha_hill_median)
 
 
 def test_wrong_arguments_are_named() -> None:

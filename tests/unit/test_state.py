@@ -1,0 +1,69 @@
+"""The state document as a checkpoint carries it: ids once, every version readable."""
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_llr import LLRConfig, state
+from megatron_llr.records import MatrixInfo
+
+MATRICES = ["embedding", *(f"block.0.mlp.expert.{number}.up" for number in range(3))]
+DOCUMENT: dict[str, Any] = {
+    "version": state.VERSION,
+    "next_update": 5,
+    "matrices": MATRICES,
+    "meaning": LLRConfig().meaning(),
+    "timing": LLRConfig().timing(),
+    "schedule": {
+        "start": 1,
+        "window_end": 6,
+        "observed_at": 4,
+        "ramp": 3,
+        "old": dict(zip(MATRICES, (5.0, 1.1, 2.2, 1 / 3), strict=True)),
+        "new": dict(zip(MATRICES, (5.0, 1.3, 4.4, 1e-17), strict=True)),
+    },
+    # The embedding was not measured, one exponent could not be fitted.
+    "alphas": {MATRICES[1]: 2.0000000000000004, MATRICES[2]: None, MATRICES[3]: 3.5},
+}
+
+
+def test_every_id_stands_once_and_every_number_is_exact() -> None:
+    text = state.encode(DOCUMENT)
+    assert state.decode(text) == DOCUMENT
+    assert all(text.count(f'"{matrix}"') == 1 for matrix in MATRICES[1:])
+
+
+def test_nothing_measured_yet() -> None:
+    schedule = {**DOCUMENT["schedule"], "observed_at": None, "old": {}, "new": {}}
+    document = {**DOCUMENT, "schedule": schedule, "alphas": {}}
+    assert state.decode(state.encode(document)) == document
+
+
+def test_a_document_of_version_1_goes_on() -> None:
+    """Its tables stood in the text by id, as they do in memory."""
+    before = {**DOCUMENT, "version": 1}
+    found = state.decode(json.dumps(before, separators=(",", ":"), allow_nan=False))
+    assert found == before
+    directory = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
+    assert state.check(found, LLRConfig(), directory) == []
+    # Saved again before training goes on, it is of this version.
+    assert state.decode(state.encode(found)) == DOCUMENT
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version":2}', '{"version":"x"}'])
+def test_what_is_no_document_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r"extension state cannot be read.*--llr-reset-state"):
+        state.decode(text)
+
+
+def test_lists_that_do_not_fit_the_ids_are_told() -> None:
+    packed = json.loads(state.encode(DOCUMENT))
+    packed["alphas"].pop()
+    with pytest.raises(ValueError, match="extension state cannot be read"):
+        state.decode(json.dumps(packed))
+
+
+def test_a_newer_version_is_left_to_the_check() -> None:
+    newer = {"version": state.VERSION + 1, "in": "another form"}
+    assert state.decode(json.dumps(newer)) == newer
