@@ -45,7 +45,8 @@ _GROUPED_QUERIES = "--group-query-attention --num-query-groups 2".split()
 TRAINING = (
     "--train-iters 8 --lr 2e-3 --min-lr 2e-4 --lr-warmup-iters 2 --lr-decay-style cosine "
     "--weight-decay 0.1 --clip-grad 1.0 --split 99,1,0 --eval-iters 0 --eval-interval 100 "
-    "--log-interval 1 --distributed-timeout-minutes 2 --ckpt-format torch_dist --dist-ckpt-strictness assume_ok_unexpected"
+    "--log-interval 1 --distributed-timeout-minutes 2 --ckpt-format torch_dist "
+    "--dist-ckpt-strictness assume_ok_unexpected"
 ).split()
 
 VOCAB_SIZE = 250
@@ -80,7 +81,7 @@ class Run:
         return self.controller.alphas
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """This rank's parameters, cloned, by chunk and name."""
+        """Parameters of this rank, cloned, by chunk and name."""
         return {
             f"{index}.{name}": parameter.detach().clone()
             for index, chunk in enumerate(self.model)
@@ -120,10 +121,9 @@ class Run:
         return merged
 
 
-
-
 OnUpdate = Callable[[Run, int, bool], None]
 """(run, update, whether it is done) -> nothing."""
+
 
 def drop_groups() -> None:
     """Destroy the process groups of earlier runs: each holds threads of its own."""
@@ -249,12 +249,12 @@ def train(
             described += [] if tied else ["--untie-embeddings-and-output-weights"]
         else:
             described = model.split()
-        with _command_line([*described, *DATA, *TRAINING, *(LLR if llr else []), *extra]):
-            with _recorded(run, on_update, on_built), _stop(extra):
-                if llr:
-                    job.pretrain()
-                else:
-                    _train_plain()
+        line = [*described, *DATA, *TRAINING, *(LLR if llr else []), *extra]
+        with _command_line(line), _recorded(run, on_update, on_built), _stop(extra):
+            if llr:
+                job.pretrain()
+            else:
+                _train_plain()
     finally:
         clean_up()
     run.losses = next((losses for losses in gather_objects(run.losses)[::-1] if losses), [])

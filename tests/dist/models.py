@@ -126,15 +126,11 @@ MODELS = {
         "--moe-shared-expert-intermediate-size 96 --num-layers 2 --moe-layer-freq [0,1]",
         "one dp2 tp2-sp tp2-sp-ep2 pp2 cp2 ep2 ep2-alltoall dp4 pp2-ep2 ep2-etp2",
     ),
-    "mtp": _model(
-        "--mtp-num-layers 2", "one dp2 tp2-sp pp2-custom-mtp vpp2 cp2 dp4 pp4-mtp-alone"
-    ),
+    "mtp": _model("--mtp-num-layers 2", "one dp2 tp2-sp pp2-custom-mtp vpp2 cp2 dp4 pp4-mtp-alone"),
     "hybrid": _model(
         f"{_EXPERTS} {_MAMBA} --hybrid-layer-pattern ME-*EM",
         "one dp2 tp2-sp pp2 cp2 ep2 dp4 tp2-sp-pp2 tp2-sp-ep2-etp1-distopt",
     ),
-    "hybrid-mla": _model(
-        f"{_LATENT_ATTENTION} --hybrid-layer-pattern +-+-", "one dp2 tp2-sp pp2"
-    ),
+    "hybrid-mla": _model(f"{_LATENT_ATTENTION} --hybrid-layer-pattern +-+-", "one dp2 tp2-sp pp2"),
     "hybrid-mtp": _model(f"{_MAMBA} --hybrid-layer-pattern M-*-/*-/*-", "one dp2 tp2-sp pp2"),
 }

@@ -122,9 +122,7 @@ def test_a_trained_checkpoint_is_the_same_function_in_transformers(
         tied=family == "qwen2",
         on_update=keep,
     )
-    convert_on_one(
-        lambda: to_hugging_face(shared_dir / "megatron", shared_dir / "hf", Options())
-    )
+    convert_on_one(lambda: to_hugging_face(shared_dir / "megatron", shared_dir / "hf", Options()))
     model = AutoModelForCausalLM.from_pretrained(shared_dir / "hf", attn_implementation="eager")
     assert model.config.model_type == family
     with torch.no_grad():

@@ -17,7 +17,6 @@ from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.farms import farms_eigenvalues
 from tests.reference import llr as reference
 
-
 # One of each way to hold a matrix: whole, split, on another stage, stale until gathered.
 KINDS = {"tp1", "tp2", "pp2", "vpp2", "dp2-overlap-bf16", "tp2-pp2", "tp4-split-groups"}
 
@@ -32,7 +31,8 @@ def test_no_spectrum_is_computed_twice_anywhere(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the whole job: as many solver calls as matrices; embedding and head are not among
-    them."""
+    them.
+    """
     shapes: list[tuple[int, ...]] = []
     solve = measure.eigenvalues_of
 

@@ -45,7 +45,9 @@ def _pipelines(model: Model, stages: int) -> Iterator[str]:
 def fitting(model: Model, ranks: int) -> list[str]:
     """Flags of every layout of Megatron's that the model has on so many ranks."""
     found = []
-    for tensor, stages, context in ((t, p, c) for t in (1, 2, 4) for p in (1, 2, 4) for c in (1, 2)):
+    for tensor, stages, context in (
+        (t, p, c) for t in (1, 2, 4) for p in (1, 2, 4) for c in (1, 2)
+    ):
         mixers = model.mamba_groups if "M" in model.pattern else model.heads
         if ranks % (tensor * stages * context) or model.heads % tensor or mixers % tensor:
             continue
@@ -133,7 +135,7 @@ def measured(model: Model, layout: str) -> Run:
     return kept[0]
 
 
-# Every rank must draw the same examples, and as many; a search for a smaller one stops by the clock.
+# Every rank must draw the same examples, as many; a search for a smaller one stops by the clock.
 @settings(
     max_examples=EXAMPLES,
     derandomize=True,

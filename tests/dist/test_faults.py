@@ -11,7 +11,6 @@ from harness import Run, train
 from megatron_llr import host, state
 from megatron_llr.ranks import gather_objects, require_equal, together
 
-
 # Four ranks would need a layout of their own; what is said on two is said on all.
 pytestmark = pytest.mark.world_size(1, 2)
 
@@ -132,7 +131,7 @@ def test_an_error_on_one_rank_is_raised_on_all() -> None:
 
 @pytest.mark.world_size(2, 4)
 def test_settings_that_differ_between_ranks_are_found() -> None:
-    with pytest.raises(RuntimeError, match="--llr-interval differs between ranks.*0 on rank 0"):
+    with pytest.raises(RuntimeError, match=r"--llr-interval differs between ranks.*0 on rank 0"):
         require_equal({"--llr-interval": dist.get_rank()}, lambda setting: f"set {setting}")
 
 

@@ -106,7 +106,8 @@ def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torc
 def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None:
     """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update; with
     decoupled decay every matrix decays as at multiplier 1; with the policy that sets the decay the
-    rate is the base rate."""
+    rate is the base rate.
+    """
     if decay != "coupled" and layout.name not in ("tp1", "tp2-bf16", "dp2-distopt-bf16"):
         pytest.skip("decoupled decay and alphadecay are run on three layouts")
     before: dict[int, torch.Tensor] = {}

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness  # noqa: F401  (the CPU substitutions come first)
+import harness
 import pytest
 import torch
 import torch.distributed as dist

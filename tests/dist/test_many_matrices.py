@@ -91,5 +91,5 @@ def test_the_directory_is_the_plain_merge_of_what_ranks_hold() -> None:
     assert len({id(found) for found in holders}) == len(set(holders))
     assert len(plain["block.0.mlp.expert.1.up"]) == world // 2
     other = MatrixShard("head", "c", parameter, 64 + here, 64, (), (here,), None)
-    with pytest.raises(RuntimeError, match="ranks disagree about the shape of head.*on rank 1"):
+    with pytest.raises(RuntimeError, match=r"ranks disagree about the shape of head.*on rank 1"):
         build_directory([*shards, other])

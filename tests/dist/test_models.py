@@ -91,7 +91,9 @@ def test_experts_that_talk_under_the_backward_pass_learn_the_same() -> None:
 @pytest.mark.world_size(2)
 def test_losses_of_experts_and_of_further_tokens_are_logged(shared_dir: Path) -> None:
     """By Megatron, from what the script hands it; on a stage in the middle too."""
-    flags = f"{MODELS['moe'].flags} --mtp-num-layers 1 --train-iters 3 --tensorboard-dir {shared_dir}"
+    flags = (
+        f"{MODELS['moe'].flags} --mtp-num-layers 1 --train-iters 3 --tensorboard-dir {shared_dir}"
+    )
     train(flags, "--pipeline-model-parallel-size 2", llr=False)
 
     def values_of(tag: str) -> list[float]:
@@ -127,8 +129,16 @@ def test_parts_of_unequal_size_are_gathered_and_summed() -> None:
     [
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp", "layer groups do not read DTensors"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2", "layer groups do not read DTensors"),
-        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards", "no rank has its own"),
-        ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant", "no matrix"),
+        (
+            {"gtp_weight_remat_size": 2},
+            "--tensor-parallel-num-weight-shards",
+            "no rank has its own",
+        ),
+        (
+            {"experimental_attention_variant": "dsa"},
+            "--experimental-attention-variant",
+            "no matrix",
+        ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel", "packed sequences"),
     ],
 )

@@ -1,5 +1,7 @@
 """Every optimizer that Megatron can build, on its real update."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from megatron_llr.training import arguments
 _TP2 = "--tensor-model-parallel-size 2"
 _DUPLICATED = "--optimizer muon --muon-tp-mode duplicated"
 
-# (flags, whether q, k and v have multipliers of their own, whether gate and up have), by world size.
+# (flags, whether q, k, v have multipliers of their own, whether gate and up have), by world size.
 OPTIMIZERS = {
     1: {
         "muon": ("--optimizer muon", True, False),
@@ -134,7 +136,7 @@ def steps_of(run: Run) -> set[int]:
 
 @pytest.mark.world_size(1, 2)
 def test_a_skipped_step_advances_nothing() -> None:
-    """fp16 with a loss scale that overflows: such an iteration is no update, and multiplies nothing.
+    """fp16 with a loss scale that overflows: such an iteration is no update, multiplies nothing.
 
     Megatron's dynamic scale halves at every overflow; from 2^20 it takes about six.
     """
@@ -161,7 +163,7 @@ def test_a_skipped_step_advances_nothing() -> None:
     skipped = iterations - updates
     assert 3 <= skipped <= 9
     # One scale per overflow: the number of the next update stood still while the scale fell.
-    overflows = [before for before, after in zip(seen, seen[1:]) if after[1] == before[1]]
+    overflows = [before for before, after in pairwise(seen) if after[1] == before[1]]
     assert len(overflows) >= skipped - 1
     assert steps_of(run) == {updates}
     assert run.controller.state_dict()["schedule"]["window_end"] == 6

@@ -1,4 +1,4 @@
-"""The relative update in the log is that of the weights themselves, taken whole before and after."""
+"""The relative update in the log is that of the weights themselves, whole before and after."""
 
 import csv
 from pathlib import Path

@@ -18,7 +18,7 @@ LAYOUTS = {
         "--use-distributed-optimizer --bf16",
     ],
 }
-# Dropout is drawn per rank, and the padding of the vocabulary, part of the loss, follows the layout.
+# Dropout is drawn per rank; the padding of the vocabulary, part of the loss, follows the layout.
 START = "--train-iters 3 --lr-warmup-iters 1 --llr-same-start --vocab-size 256 "
 START += "--attention-dropout 0 --hidden-dropout 0"
 POLICIES = ["esd", "uniform", "random", "depth-cosine", "alphadecay"]
