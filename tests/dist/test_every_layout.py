@@ -80,7 +80,7 @@ def _expert_layouts(model: Model, ranks: int, tensor: int) -> Iterator[str]:
 
 # Every pipeline stage has experts where any has some: Megatron 0.19.2 logs their losses with
 # collectives of unequal size otherwise.
-PATTERNS = ("", "", "", "M-*-", "*--M", "ME*E", "*EME-EEM")
+PATTERNS = ("", "", "", "M-*-", "*--M", "ME*E", "*EME-EEM", "+-+-")
 
 
 @st.composite
@@ -90,7 +90,7 @@ def models(draw: st.DrawFn) -> Model:
     pattern = draw(st.sampled_from(PATTERNS))
     experts = draw(st.sampled_from([4, 8] if "E" in pattern else [0, 0, 4, 8]))
     experts = 0 if pattern and "E" not in pattern else experts
-    latent_attention = not pattern and draw(st.booleans())
+    latent_attention = draw(st.booleans()) if not pattern else "+" in pattern
     blocks = draw(st.integers(1, 4))
     shared = draw(st.sampled_from([0, 48, 96])) if experts else 0
     return Model(
@@ -113,7 +113,7 @@ def models(draw: st.DrawFn) -> Model:
         kv_lora=draw(st.sampled_from([48, 64])),
         predictions=draw(st.sampled_from([0, 0, 1, 2])),
         pattern=pattern,
-        prediction_pattern="*E-" if experts else "*-",
+        prediction_pattern=("+" if latent_attention else "*") + ("E-" if experts else "-"),
     )
 
 

@@ -22,7 +22,8 @@ class Model:
         latent: width that experts work in, 0 for the model's.
         mla: multi-latent attention; `q_lora` is the width of the query's down projection.
         predictions: layers of multi-token prediction.
-        pattern: letters of a hybrid model: `*` attention, `M` Mamba, `-` dense, `E` experts.
+        pattern: letters of a hybrid model: `*` attention, `+` latent attention, `M` Mamba, `-`
+            dense, `E` experts.
         prediction_pattern: letters of a layer of multi-token prediction in it.
     """
 
@@ -133,8 +134,8 @@ class Model:
         """The blocks: one for every mixer, with what follows it up to the next."""
         blocks: list[dict[str, Shape]] = []
         for letter in letters.replace("|", ""):
-            if letter in "*M":
-                blocks.append(self._attention() if letter == "*" else self._mamba())
+            if letter in "*+M":
+                blocks.append(self._mamba() if letter == "M" else self._attention())
                 continue
             found = self._moe() if letter == "E" else self._mlp(self.ffn, self.hidden)
             before = len({name.split(".")[0] for name in blocks[-1]} - {"attention", "mamba"})
