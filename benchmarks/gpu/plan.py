@@ -29,6 +29,11 @@ ENGINE = (
 ).split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed".split()
 TE = "transformer_engine"
+EXPERTS = (
+    "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 "
+    "--moe-token-dispatcher-type allgather"
+).split()
+LATENT = "--multi-latent-attention --q-lora-rank 64 --kv-lora-rank 64".split()
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def cases(*, toy: bool) -> list[Case]:
     exact = ("--deterministic-mode",)
     uniform = ("--llr-policy", "uniform")
     overlap = ("--overlap-grad-reduce", "--overlap-param-gather")
+    # One tensor for each expert of a layer, multiplied together; not there on CPU.
+    grouped = () if toy else ("--moe-grouped-gemm",)
     shapes = TOY_SHAPES if toy else SHAPES
 
     def run(name: str, size: str, iterations: int, seconds: int, *more: str, **how: Any) -> Case:
@@ -123,6 +130,8 @@ def cases(*, toy: bool) -> list[Case]:
         *pair("te-bf16", "60M", engine=True),
         # Sides of FP8 products are multiples of 16: 350M's are.
         *pair("te-fp8", "350M", *FP8, engine=True),
+        *pair("te-moe", "60M", *EXPERTS, *grouped, engine=True),
+        *pair("te-mla", "60M", *LATENT, engine=True),
         run("te-fp8-gather", "350M", 12, 60, *FP8, "--fp8-param-gather", engine=True),
         in_turn("350M", 24, 60),
         *(measured(size, 6) for size in SHAPES),

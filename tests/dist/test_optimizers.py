@@ -8,8 +8,10 @@ import torch.distributed as dist
 from harness import Run, train
 
 from megatron_llr.training import arguments
+from tests.dist.models import MODELS
 
 _TP2 = "--tensor-model-parallel-size 2"
+_EP2_MOE = f"--expert-model-parallel-size 2 {MODELS['moe-shared'].flags}"
 _DUPLICATED = "--optimizer muon --muon-tp-mode duplicated"
 
 # (flags, whether q, k, v have multipliers of their own, whether gate and up have), by world size.
@@ -28,6 +30,7 @@ OPTIMIZERS = {
         "muon-blockwise": (f"--optimizer muon {_TP2}", True, False),
         "muon-duplicated": (f"{_DUPLICATED} {_TP2} --num-query-groups 4", True, False),
         "muon-duplicated-unsplit": (f"{_DUPLICATED} --muon-no-split-qkv {_TP2}", False, False),
+        "muon-ep2-moe": (f"--optimizer muon {_EP2_MOE}", True, False),
         "muon-pp2-bf16": ("--optimizer muon --bf16 --pipeline-model-parallel-size 2", True, False),
     },
 }
@@ -76,7 +79,7 @@ def test_every_matrix_moves_at_its_multiple_of_the_base_rate(
     assert run.multipliers["embedding"] == run.multipliers["head"] == 5.0
     for roles, apart in (("qkv", qkv_apart), (("gate", "up"), mlp_apart)):
         prefix = "attention" if roles == "qkv" else "mlp"
-        found = {run.multipliers[f"block.1.{prefix}.{role}"] for role in roles}
+        found = {run.multipliers[f"block.2.{prefix}.{role}"] for role in roles}
         assert len(found) == (len(roles) if apart else 1), roles
 
 
