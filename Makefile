@@ -3,6 +3,7 @@
 
 PYTHON := .venv/bin/python
 TORCHRUN := $(PYTHON) -m torch.distributed.run
+PYTEST := $(PYTHON) -m pytest -q
 # Figures of the official LLR code, where they are at hand.
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
@@ -25,14 +26,15 @@ lint:
 	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh .ci/run
 
 unit:
-	$(PYTHON) -m pytest -q --ignore tests/dist --ignore tests/te tests
+	$(PYTEST) --ignore tests/dist --ignore tests/te tests
 
-# `unit` and the tests of one rank use a core each.
+# The tests that start processes use a core, all others without a second rank another.
 side-by-side:
-	@log=$$(mktemp); $(PYTHON) tests/torchrun.py 1 >$$log 2>&1 & one_rank=$$!; \
-	$(MAKE) --no-print-directory unit; unit=$$?; \
-	wait $$one_rank; dist=$$?; echo "== world size 1"; cat $$log; rm $$log; \
-	[ $$unit -eq 0 ] && [ $$dist -eq 0 ]
+	@log=$$(mktemp); \
+	{ $(PYTHON) tests/torchrun.py 1 && $(PYTEST) tests/unit tests/docs; } >$$log 2>&1 & others=$$!; \
+	$(PYTEST) tests/cli; cli=$$?; \
+	wait $$others; status=$$?; echo "== world size 1, unit, docs"; cat $$log; rm $$log; \
+	[ $$cli -eq 0 ] && [ $$status -eq 0 ]
 
 # One launch per world size; a test runs in those that it names. Three data-parallel replicas matter to
 # where shards are cut alone.
