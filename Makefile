@@ -2,7 +2,6 @@
 # Both build .venv first.
 
 PYTHON := .venv/bin/python
-TORCHRUN := $(PYTHON) -m torch.distributed.run
 PYTEST := $(PYTHON) -m pytest -q
 # Figures of the official LLR code, where they are at hand.
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
