@@ -134,6 +134,19 @@ def drop_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def _forget_graphs(model: list[torch.nn.Module]) -> None:
+    """Let go of the last forward pass, so that the model and its groups can be freed.
+
+    Dispatchers of experts keep tensors of it; through its graph, which Python's collector does not
+    see, those keep the model.
+    """
+    for module in (module for chunk in model for module in chunk.modules()):
+        for holder in (module, getattr(module, "token_dispatcher", None)):
+            for name, value in list(vars(holder).items() if holder is not None else ()):
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(holder, name, value.detach())
+
+
 def clean_up() -> None:
     """Forget Megatron's globals, so that the next run begins as in a new process.
 
@@ -256,6 +269,7 @@ def train(
             else:
                 _train_plain()
     finally:
+        _forget_graphs(run.model)
         clean_up()
     run.losses = next((losses for losses in gather_objects(run.losses)[::-1] if losses), [])
     return run
