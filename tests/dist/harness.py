@@ -15,6 +15,12 @@ from megatron_llr.runtime import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
+from megatron.core.models.common.embeddings import (  # noqa: E402
+    rotary_pos_embedding as rotary,
+)
+from megatron.core.models.common.embeddings import (  # noqa: E402
+    yarn_rotary_pos_embedding as yarn,
+)
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
@@ -152,6 +158,10 @@ def clean_up() -> None:
 
     The groups stay until the next run: a test may still measure the model that was trained.
     """
+    # A cache of its last answers keeps every rotary embedding, and that a group.
+    for embedding in (rotary.RotaryEmbedding, yarn.YarnRotaryEmbedding):
+        for method in vars(embedding).values():
+            getattr(method, "cache_clear", lambda: None)()
     host.destroy_global_vars()
     host.mpu.destroy_model_parallel()
     host.destroy_num_microbatches_calculator()
