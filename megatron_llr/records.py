@@ -139,7 +139,7 @@ def role_of(matrix: str) -> str:
     return matrix.rsplit(".", 1)[-1]
 
 
-def by_role(table: Mapping[str, float], matrix: str, default: float) -> float:
+def value_for_role(table: Mapping[str, float], matrix: str, default: float) -> float:
     """What a table of roles says of a matrix; `up` speaks for `expert.up` and `shared.up` too,
     where the table does not name them.
 

@@ -34,11 +34,11 @@ RATE_FIELDS = (
     "relative_update",
 )
 _GROUP = ("iteration", "block", "role", "matrices")
-_SPREAD = ("mean", "min", "max")
+SPREAD = ("mean", "min", "max")
 
 
 def _spread_fields(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{name}_{of}" for name in names for of in _SPREAD)
+    return tuple(f"{name}_{of}" for name in names for of in SPREAD)
 
 
 ROLE_MEASUREMENT_FIELDS = (*_GROUP, *_spread_fields(("alpha_hill_median", "target_multiplier")))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_llr.observe.csv_log import files_of
+from megatron_llr.observe.log_rows import SPREAD
 from megatron_llr.observe.summary import Spread, block_label, role_table
 from megatron_llr.records import role_of
 
@@ -62,7 +63,7 @@ class _Cells:
 
     def spread(self, column: str) -> Spread | None:
         """Of a column that may be missing or empty."""
-        names = [f"{column}_{end}" for end in ("mean", "min", "max")] if self._by_role else [column]
+        names = [f"{column}_{end}" for end in SPREAD] if self._by_role else [column]
         values = [float(self._row.get(name) or "nan") for name in names]
         if any(value != value for value in values):
             return None

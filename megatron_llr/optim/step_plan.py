@@ -13,6 +13,7 @@ import torch
 
 from megatron_llr.optim.masters import Master
 from megatron_llr.optim.views import FusedTensor, Part
+from megatron_llr.sharding.layout import join_ranges
 
 AT_ONE = 0
 """Number of those whose multiplier is 1."""
@@ -44,13 +45,7 @@ def join_parts(parts: Sequence[Part], numbers: Mapping[str, int]) -> dict[int, P
 def _joined(parts: list[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
-    ranges: list[tuple[int, int]] = []
-    for first, last in sorted(run for _, found in parts for run in found):
-        if ranges and ranges[-1][1] == first:
-            ranges[-1] = (ranges[-1][0], last)
-        else:
-            ranges.append((first, last))
-    return parts[0][0], tuple(ranges)
+    return parts[0][0], join_ranges(sorted(run for _, found in parts for run in found))
 
 
 @dataclass(frozen=True, slots=True)

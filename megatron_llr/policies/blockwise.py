@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import EMBEDDING_IDS, by_role
+from megatron_llr.records import EMBEDDING_IDS, value_for_role
 
 # Ratios to the rate of the norms, whose multiplier is 1 here always (README of the authors' code,
 # Wongboo/BlockwiseLearningRate at 30f42b9; tuned once, on a LLaMA of 0.25B).
@@ -19,7 +19,7 @@ _BY_ROLE: Mapping[str, float] = {
 def _ratio(matrix: str) -> float:
     if matrix in EMBEDDING_IDS:
         return _EMBEDDING
-    return by_role(_BY_ROLE, matrix, 1.0)
+    return value_for_role(_BY_ROLE, matrix, 1.0)
 
 
 def blockwise(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from megatron_llr.config import LLR_TABLE, LLRConfig, flag
 from megatron_llr.errors import user_error
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import EMBEDDING_IDS, ROLES, ROUTER, by_role
+from megatron_llr.records import EMBEDDING_IDS, ROLES, ROUTER, value_for_role
 
 # What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
 # read off its figure (6.2, 7.7, 13.5 and 25e-4) over the base rate of 5e-4. Good to a few percent.
@@ -81,4 +81,4 @@ def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
             allowed=f"{flag('router')} policy, without which a router has multiplier 1",
             remedy=f"add {flag('router')} policy",
         )
-    return mean_one({matrix: by_role(table, matrix, 1.0) for matrix in alphas}, config)
+    return mean_one({matrix: value_for_role(table, matrix, 1.0) for matrix in alphas}, config)

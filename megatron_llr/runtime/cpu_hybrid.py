@@ -47,7 +47,8 @@ _COLUMN, _ROW, _NORM = (
 
 def substitute() -> None:
     """Make the local layers those of every hybrid model that names no spec of its own."""
-    block, models = (module for module in (hybrid_block, hybrid_models))
+    block: Any = hybrid_block
+    models: Any = hybrid_models
     block.TENorm = _NORM
     models.default_hybrid_stack_spec = _stack()
 

@@ -140,13 +140,22 @@ def flat_ranges(
     Returns:
         (first, one past last) of every run, counted from `start`; touching runs joined.
     """
-    ranges: list[tuple[int, int]] = []
-    for span in spans:
-        first = max(span.local * columns, start) - start
-        last = min((span.local + span.count) * columns, stop) - start
-        if first < last:
-            if ranges and ranges[-1][1] == first:
-                ranges[-1] = (ranges[-1][0], last)
-            else:
-                ranges.append((first, last))
-    return tuple(ranges)
+    cut = (
+        (
+            max(span.local * columns, start) - start,
+            min((span.local + span.count) * columns, stop) - start,
+        )
+        for span in spans
+    )
+    return join_ranges((first, last) for first, last in cut if first < last)
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same ranges (first, one past last), ascending; those that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for first, last in ranges:
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], last)
+        else:
+            joined.append((first, last))
+    return tuple(joined)

@@ -58,18 +58,7 @@ def test_skipped_it_is_trained_at_the_base_rate(capfd: pytest.CaptureFixture[str
                 for leaf in leaf_optimizers(run.optimizer)
                 if parameter in leaf.optimizer.state
             )
-            group = next(g for g in inner.param_groups if any(p is parameter for p in g["params"]))
-            state = inner.state[parameter]
-            found = reference.adamw_rate(
-                before[name],
-                parameter.detach(),
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                group["step"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            found = reference.adamw_rate_of(inner, parameter, before[name])
             rates[name] = float(found.median())
 
     run = train(

@@ -126,26 +126,10 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
         base = reference.cosine(update, warmup=2, total=UPDATES, peak=2e-3, low=2e-4)
         for matrix, tensor, leaf, mask in _elements(run):
             inner = leaf.optimizer  # type: ignore[attr-defined]
-            group = next(
-                group
-                for group in inner.param_groups
-                if any(other is tensor for other in group["params"])
-            )
-            state = inner.state[tensor]
             multiplier = multipliers[matrix] if matrix else 1.0
             # Decoupled: rate x multiplier x (decay / multiplier).
             factor = {"coupled": 1.0, "decoupled": 1 / multiplier, "alphadecay": multiplier}[decay]
-            decayed = group["weight_decay"] * factor
-            rate = reference.adamw_rate(
-                before[id(tensor)],
-                tensor.detach(),
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                group["step"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=decayed,
-            )
+            rate = reference.adamw_rate_of(inner, tensor, before[id(tensor)], factor)
             # fp32 weights hold an update of 1e-3 to 1e-4 of it; elements that barely move, less.
             moved = (tensor.detach() - before[id(tensor)]).abs() > 0.05 * base
             chosen = rate.view(-1)[mask & moved.view(-1)]

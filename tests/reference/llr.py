@@ -59,6 +59,29 @@ def adamw_rate(
     return (before.double() - after.double()) / direction
 
 
+def adamw_rate_of(
+    optimizer: torch.optim.Optimizer,
+    tensor: torch.Tensor,
+    before: torch.Tensor,
+    decay_factor: float = 1.0,
+) -> torch.Tensor:
+    """`adamw_rate` of the last step on a tensor, with what the optimizer keeps of it; its weight
+    decay times a factor.
+    """
+    group = next(g for g in optimizer.param_groups if any(p is tensor for p in g["params"]))
+    state = optimizer.state[tensor]
+    return adamw_rate(
+        before,
+        tensor.detach(),
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        group["step"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"] * decay_factor,
+    )
+
+
 def cosine(step: int, *, warmup: int, total: int, peak: float, low: float) -> float:
     """Megatron's cosine schedule: the rate of update `step`, from 1 (`OptimizerParamScheduler` with
     init_lr 0, after step - 1 scheduler steps).

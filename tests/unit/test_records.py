@@ -6,10 +6,10 @@ from megatron_llr.records import (
     ROLES,
     block_key,
     block_of,
-    by_role,
     expert_of,
     model_order,
     role_of,
+    value_for_role,
 )
 from megatron_llr.sharding.families import (
     BLOCK_WEIGHTS,
@@ -60,9 +60,9 @@ def test_every_role_of_the_tables_is_listed_and_no_other() -> None:
 def test_a_table_of_roles_speaks_for_experts_unless_it_names_them() -> None:
     table = {"up": 2.0, "expert.up": 3.0, "gate": 4.0}
     matrices = ["mlp.up", "mlp.shared.up", "mlp.expert.1.up", "mlp.expert.1.gate", "mlp.down"]
-    found = [by_role(table, f"block.0.{matrix}", 1.0) for matrix in matrices]
+    found = [value_for_role(table, f"block.0.{matrix}", 1.0) for matrix in matrices]
     assert found == [2.0, 2.0, 3.0, 4.0, 1.0]
-    assert by_role(table, "block.0.attention.gate", 1.0) == 1.0
+    assert value_for_role(table, "block.0.attention.gate", 1.0) == 1.0
 
 
 def test_the_order_is_that_of_the_model() -> None:
