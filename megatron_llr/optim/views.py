@@ -88,6 +88,8 @@ class FusedTensor:
         self._sources: dict[str, Any] = {}
         # Of the first view's state, what shares memory with the tensor's.
         self._shared: dict[str, Any] = {}
+        # Of all views' states, what does not: (name, one for each view).
+        self._counters: list[tuple[str, list[torch.Tensor]]] = []
         self._states: list[dict[str, Any]] = [{} for _ in self._windowed]
 
     def is_stale(self) -> bool:
@@ -141,6 +143,15 @@ class FusedTensor:
                 for key, value in self._states[0].items()
                 if isinstance(value, torch.Tensor) and base[key].numel() == self.tensor.numel()
             }
+            self._counters = [
+                (key, [state[key] for state in self._states])
+                for key, value in base.items()
+                if isinstance(value, torch.Tensor) and key not in self._shared
+            ]
+        else:
+            # A step that took the tensor whole has counted in place.
+            for key, counters in self._counters:
+                torch._foreach_copy_(counters, [base[key]] * len(counters))
         for (view, _), state in zip(self._windowed, self._states, strict=True):
             to[view] = state
 

@@ -120,8 +120,10 @@ def test_multipliers_that_meet_and_part_are_bitwise_separate(
     groups = fused_groups(optimizer, whole, ranges)
     separate = OPTIMIZERS[kind]([{"params": [t]} for t in (*apart.values(), others[0])])
     joins, loads = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
-    for step in range(4):
-        chosen = {e: data.draw(st.sampled_from([1.0, 2.0, 5.0])) for e in experts}
+    for step in range(6):
+        # Often all equal, so that steps of the whole tensor lie between those of its parts.
+        kinds = data.draw(st.sampled_from([[1.0], [5.0], [1.0, 5.0], [1.0, 2.0, 5.0]]))
+        chosen = {e: data.draw(st.sampled_from(kinds)) for e in experts}
         groups.multipliers = chosen
         if step == joins:
             optimizer.add_param_group({"params": [late]})
@@ -142,6 +144,33 @@ def test_multipliers_that_meet_and_part_are_bitwise_separate(
         assert torch.equal(norm, others[0])
         if step >= joins:
             assert torch.equal(late, others[1])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("between", [{"q": 3.0, "k": 3.0}, {}], ids=["equal", "none"])
+def test_a_step_taken_whole_counts_when_the_parts_come_apart_again(
+    kind: str, between: dict[str, float]
+) -> None:
+    """Adam's step number is kept per view: a step of the whole tensor must reach it."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(12, generator=generator)
+    apart = [part.clone() for part in whole.split(6)]
+    optimizer = OPTIMIZERS[kind]([{"params": [whole]}])
+    groups = fused_groups(optimizer, whole, {"q": [(0, 6)], "k": [(6, 12)]})
+    separate = OPTIMIZERS[kind]([{"params": [part]} for part in apart])
+    cut = {"q": 2.0, "k": 1.0}
+    for multipliers in (cut, cut, between, between, cut):
+        groups.multipliers = multipliers
+        whole.grad = torch.randn(12, generator=generator)
+        gradients = whole.grad.split(6)
+        for matrix, part, gradient, group in zip(
+            "qk", apart, gradients, separate.param_groups, strict=True
+        ):
+            part.grad = gradient.clone()
+            group["lr"] = 0.01 * multipliers.get(matrix, 1.0)
+        optimizer.step()
+        separate.step()
+        assert torch.equal(whole, torch.cat(apart))
 
 
 def test_equal_multipliers_share_a_group_and_touching_ones_a_view() -> None:
