@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Shared machines are noisy: no example may fail for being slow.
-settings.register_profile("project", deadline=None, max_examples=60)
+EXAMPLES = os.environ.get("LLR_EXAMPLES")
+# The same examples in every run, so that a change answers for its own faults; LLR_EXAMPLES=N looks
+# further, at random. Shared machines are noisy: no example may fail for being slow.
+settings.register_profile(
+    "project", deadline=None, max_examples=int(EXAMPLES or 60), derandomize=EXAMPLES is None
+)
 settings.load_profile("project")
 
 

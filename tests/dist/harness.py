@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_llr.runtime import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from megatron.core.models.common.embeddings import (  # noqa: E402
     rotary_pos_embedding as rotary,
 )
@@ -33,6 +35,25 @@ from megatron_llr.training import job  # noqa: E402
 from tests.dist.memo import remember  # noqa: E402
 
 remember()
+
+
+def _hold_no_replica() -> None:
+    """Let a gradient's hook find its model, not keep it.
+
+    In fp32 the distributed optimizer's shards have a graph that ends at those hooks; Python's
+    collector does not see through it and would never free the model, nor its groups.
+    """
+    plain = DistributedDataParallel._make_backward_post_hook
+
+    def make_hook(self: Any, parameter: torch.nn.Parameter) -> Callable[..., None]:
+        model = weakref.proxy(self)
+        held = weakref.ref(parameter)
+        return lambda *unused: plain(model, held())(*unused)
+
+    DistributedDataParallel._make_backward_post_hook = make_hook
+
+
+_hold_no_replica()
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 192 --num-attention-heads 4 "
