@@ -1,0 +1,140 @@
+"""Parts of a tensor stepped with rates of their own, against the same matrices as parameters."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llr.optim.views import windows
+from megatron_llr.sharding.layout import flat_ranges, interleaved
+from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, fused_groups
+
+
+@given(data=st.data())
+def test_windows_show_the_ranges_in_few_views(data: st.DataObject) -> None:
+    heads, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    spans = interleaved([("q", 4), ("k", 2)], heads, 0, 6 * heads)
+    size = 6 * heads * columns
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    numbers = torch.arange(stop - start)
+    for runs in spans.values():
+        ranges = flat_ranges(runs, columns, start, stop)
+        expected = torch.cat([numbers[:0], *(numbers[first:last] for first, last in ranges)])
+        for strided in (False, True):
+            found = windows(ranges, strided=strided)
+            shown = torch.cat([numbers[:0], *(window.of(numbers).flatten() for window in found)])
+            assert torch.equal(shown, expected)
+            assert len(found) <= (3 if strided else len(ranges))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@given(data=st.data())
+def test_fused_is_bitwise_separate(kind: str, data: st.DataObject) -> None:
+    """q, k, v fused, in a slice cut anywhere, step as q, k, v apart with the same gradients."""
+    heads, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    spans = interleaved([("q", 4), ("k", 2), ("v", 2)], heads, 0, 8 * heads)
+    size = 8 * heads * columns
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    ranges = {m: flat_ranges(runs, columns, start, stop) for m, runs in spans.items()}
+    ranges = {matrix: found for matrix, found in ranges.items() if found}
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    fused = torch.randn(stop - start, generator=generator)
+    norm = torch.randn(7, generator=generator)
+
+    def gather(tensor: torch.Tensor, matrix: str) -> torch.Tensor:
+        return torch.cat([tensor[first:last] for first, last in ranges[matrix]])
+
+    apart = {matrix: gather(fused, matrix).clone() for matrix in ranges}
+    other_norm = norm.clone()
+    optimizer = OPTIMIZERS[kind]([{"params": [fused, norm]}])
+    fused_groups(optimizer, fused, ranges)
+    separate = OPTIMIZERS[kind](
+        [{"params": [apart[m]], "lr": 0.01 * MULTIPLIERS[m]} for m in ranges]
+        + [{"params": [other_norm]}]
+    )
+    for _ in range(4):
+        fused.grad = torch.randn(fused.shape, generator=generator)
+        norm.grad = torch.randn(7, generator=generator)
+        for matrix, tensor in apart.items():
+            tensor.grad = gather(fused.grad, matrix)
+        other_norm.grad = norm.grad.clone()
+        optimizer.step()
+        separate.step()
+        for matrix, tensor in apart.items():
+            assert torch.equal(gather(fused, matrix), tensor), matrix
+        assert torch.equal(norm, other_norm)
+    assert set(optimizer.state) == {fused, norm}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@given(data=st.data())
+def test_multipliers_that_meet_and_part_are_bitwise_separate(
+    kind: str, data: st.DataObject
+) -> None:
+    """Five experts side by side, each step with other multipliers: those that are equal share a
+    group, and a view where they touch; a group that joins later and a loaded state are seen.
+    """
+    experts = [f"expert.{number}" for number in range(5)]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    whole, norm, late = (torch.randn(size, generator=generator) for size in (30, 4, 3))
+    apart = {expert: whole[6 * n : 6 * n + 6].clone() for n, expert in enumerate(experts)}
+    others = [norm.clone(), late.clone()]
+    optimizer = OPTIMIZERS[kind]([{"params": [whole, norm]}])
+    ranges = {expert: [(6 * n, 6 * n + 6)] for n, expert in enumerate(experts)}
+    groups = fused_groups(optimizer, whole, ranges)
+    separate = OPTIMIZERS[kind]([{"params": [t]} for t in (*apart.values(), others[0])])
+    joins, loads = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    for step in range(6):
+        # Often all equal, so that steps of the whole tensor lie between those of its parts.
+        kinds = data.draw(st.sampled_from([[1.0], [5.0], [1.0, 5.0], [1.0, 2.0, 5.0]]))
+        chosen = {e: data.draw(st.sampled_from(kinds)) for e in experts}
+        groups.multipliers = chosen
+        if step == joins:
+            optimizer.add_param_group({"params": [late]})
+            separate.add_param_group({"params": [others[1]]})
+        if step == loads:
+            optimizer.load_state_dict(optimizer.state_dict())
+        whole.grad = torch.randn(30, generator=generator)
+        norm.grad = late.grad = None
+        for n, (expert, tensor) in enumerate(apart.items()):
+            tensor.grad = whole.grad[6 * n : 6 * n + 6].clone()
+            separate.param_groups[n]["lr"] = 0.01 * chosen[expert]
+        for mine, other in zip((norm, late), others, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        separate.step()
+        assert torch.equal(whole, torch.cat(list(apart.values())))
+        assert torch.equal(norm, others[0])
+        if step >= joins:
+            assert torch.equal(late, others[1])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("between", [{"q": 3.0, "k": 3.0}, {}], ids=["equal", "none"])
+def test_a_step_taken_whole_counts_when_the_parts_come_apart_again(
+    kind: str, between: dict[str, float]
+) -> None:
+    """Adam's step number is kept per view: a step of the whole tensor must reach it."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(12, generator=generator)
+    apart = [part.clone() for part in whole.split(6)]
+    optimizer = OPTIMIZERS[kind]([{"params": [whole]}])
+    groups = fused_groups(optimizer, whole, {"q": [(0, 6)], "k": [(6, 12)]})
+    separate = OPTIMIZERS[kind]([{"params": [part]} for part in apart])
+    cut = {"q": 2.0, "k": 1.0}
+    for multipliers in (cut, cut, between, between, cut):
+        groups.multipliers = multipliers
+        whole.grad = torch.randn(12, generator=generator)
+        gradients = whole.grad.split(6)
+        for matrix, part, gradient, group in zip(
+            "qk", apart, gradients, separate.param_groups, strict=True
+        ):
+            part.grad = gradient.clone()
+            group["lr"] = 0.01 * multipliers.get(matrix, 1.0)
+        optimizer.step()
+        separate.step()
+        assert torch.equal(whole, torch.cat(apart))
