@@ -33,6 +33,7 @@ class ModelLayout:
 LAYOUTS = {
     "one": ModelLayout(1, ""),
     "dp2": ModelLayout(2, ""),
+    "dp2-bf16": ModelLayout(2, f"{_DISTRIBUTED} --bf16"),
     "tp2": ModelLayout(2, _TP2),
     "tp2-sp": ModelLayout(2, _SP2),
     "pp2": ModelLayout(2, f"{_PP2} {_DISTRIBUTED}"),
@@ -102,35 +103,47 @@ def _model(flags: str, layouts: str, tied: bool = False) -> Model:
 MODELS = {
     "dense": _model(
         "",
-        "one dp2 tp2 tp2-sp pp2-uneven pp2-counted pp2-custom vpp2 vpp2-custom cp2 "
+        "one dp2 dp2-bf16 tp2 tp2-sp pp2-uneven pp2-counted pp2-custom vpp2 vpp2-custom cp2 "
         "dp4 tp2-sp-pp2 tp2-sp-cp2",
     ),
-    "tied": _model("", "one dp2 tp2-sp pp2", tied=True),
+    "tied": _model("", "one dp2 dp2-bf16 tp2-sp pp2 vpp2 cp2", tied=True),
     "moe": _model(
         _EXPERTS,
-        "one dp2 tp2-sp tp2-sp-etp1 tp2-sp-ep2 vpp2 cp2 ep2 ep2-alltoall "
+        "one dp2 dp2-bf16 tp2-sp pp2-custom tp2-sp-etp1 tp2-sp-ep2 vpp2 cp2 ep2 ep2-alltoall "
         "dp4 ep4 ep2-etp2 pp2-ep2 tp2-sp-ep2-etp1-distopt tp2-sp-ep2-etp2-alltoall",
     ),
     # The gate is a matrix of one row; every second block is dense.
     "moe-shared": _model(
         f"{_EXPERTS} --moe-shared-expert-intermediate-size 96 --moe-shared-expert-gate "
         "--moe-layer-freq ([0,1]*2)",
-        "one dp2 tp2-sp pp2 ep2",
+        "one dp2 dp2-bf16 tp2-sp pp2 vpp2 cp2 ep2 ep2-alltoall",
     ),
-    "moe-latent": _model(f"{_EXPERTS} --moe-latent-size 64", "one dp2 tp2-sp ep2"),
-    "mla": _model(_LATENT_ATTENTION, "one dp2 tp2 pp2 cp2"),
-    "mla-q-lora": _model(f"{_LATENT_ATTENTION} --q-lora-rank 64", "one dp2 tp2-sp dp4 tp2-sp-pp2"),
+    "moe-latent": _model(
+        f"{_EXPERTS} --moe-latent-size 64", "one dp2 dp2-bf16 tp2-sp pp2 cp2 ep2 ep2-alltoall"
+    ),
+    "mla": _model(_LATENT_ATTENTION, "one dp2 dp2-bf16 tp2 tp2-sp pp2 pp2-uneven vpp2 cp2"),
+    "mla-q-lora": _model(
+        f"{_LATENT_ATTENTION} --q-lora-rank 64",
+        "one dp2 dp2-bf16 tp2-sp pp2 vpp2 cp2 dp4 tp2-sp-pp2",
+    ),
     # As DeepSeek's: latent attention, a dense block first, experts, one of them shared.
     "mla-moe-mtp": _model(
         f"{_LATENT_ATTENTION} --q-lora-rank 64 {_EXPERTS} --mtp-num-layers 1 "
         "--moe-shared-expert-intermediate-size 96 --num-layers 2 --moe-layer-freq [0,1]",
-        "one dp2 tp2-sp tp2-sp-ep2 pp2 cp2 ep2 ep2-alltoall dp4 pp2-ep2 ep2-etp2",
+        "one dp2 dp2-bf16 tp2-sp tp2-sp-ep2 pp2 cp2 ep2 ep2-alltoall dp4 pp2-ep2 ep2-etp2",
     ),
-    "mtp": _model("--mtp-num-layers 2", "one dp2 tp2-sp pp2-custom-mtp vpp2 cp2 dp4 pp4-mtp-alone"),
+    "mtp": _model(
+        "--mtp-num-layers 2",
+        "one dp2 dp2-bf16 tp2-sp pp2 pp2-custom-mtp vpp2 cp2 dp4 pp4-mtp-alone",
+    ),
     "hybrid": _model(
         f"{_EXPERTS} {_MAMBA} --hybrid-layer-pattern ME-*EM",
-        "one dp2 tp2-sp pp2 cp2 ep2 dp4 tp2-sp-pp2 tp2-sp-ep2-etp1-distopt",
+        "one dp2 dp2-bf16 tp2-sp pp2 cp2 ep2 ep2-alltoall dp4 tp2-sp-pp2 tp2-sp-ep2-etp1-distopt",
     ),
-    "hybrid-mla": _model(f"{_LATENT_ATTENTION} --hybrid-layer-pattern +-+-", "one dp2 tp2-sp pp2"),
-    "hybrid-mtp": _model(f"{_MAMBA} --hybrid-layer-pattern M-*-/*-/*-", "one dp2 tp2-sp pp2"),
+    "hybrid-mla": _model(
+        f"{_LATENT_ATTENTION} --hybrid-layer-pattern +-+-", "one dp2 dp2-bf16 tp2-sp pp2 cp2"
+    ),
+    "hybrid-mtp": _model(
+        f"{_MAMBA} --hybrid-layer-pattern M-*-/*-/*-", "one dp2 dp2-bf16 tp2-sp pp2 cp2"
+    ),
 }
