@@ -56,13 +56,13 @@ class RowScaling:
         Args:
             tensor: [rows, columns], as it stands in the optimizer's groups.
             parts: the matrices in it; their ranges are whole rows.
-            multipliers: of each of them.
+            multipliers: of each of them; 1 where not named.
         """
         if not self._installed:
             self._install()
         columns = tensor.shape[1]
         self._rows[id(tensor)] = [
-            _Rows(first // columns, last // columns, *self._factors(multipliers[matrix]))
+            _Rows(first // columns, last // columns, *self._factors(multipliers.get(matrix, 1.0)))
             for matrix, ranges in parts
             for first, last in ranges
         ]
