@@ -44,4 +44,5 @@ class MatrixShard:
     @property
     def split(self) -> bool:
         """Whether the ranks hold different parts, rather than the whole matrix each."""
-        return len(self.ranks) > 1 and self.placements[0] != self.placements[1]
+        # Any of them may hold nothing: key and value rows of few query groups lie on every n-th.
+        return any(placement != self.placements[0] for placement in self.placements)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -32,12 +33,22 @@ SMALL = 512
 @contextlib.contextmanager
 def _full_precision_products() -> Iterator[None]:
     """Matrix products without TF32: its 10-bit mantissa would show in the exponents."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    mkldnn: Any = torch.backends.mkldnn
+    backends = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
+    settings: list[tuple[Any, str, Any]]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        # Where it was set by these names, torch refuses to answer by the older one below.
+        settings = [(backend, "fp32_precision", "ieee") for backend in backends]
+    else:
+        settings = [(torch.backends.cuda.matmul, "allow_tf32", False)]
+    before = [getattr(backend, name) for backend, name, _ in settings]
     try:
+        for backend, name, exact in settings:
+            setattr(backend, name, exact)
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            setattr(backend, name, value)
 
 
 def _gram_eigenvalues(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -67,7 +78,9 @@ _METHODS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
 def _holds(eigenvalues: torch.Tensor, allowed_range: float) -> bool:
     """Whether the upper half of the spectrum stands clear of rounding."""
     tail_start = eigenvalues[eigenvalues.numel() // 2]
-    return allowed_range == math.inf or bool(eigenvalues[-1] <= allowed_range * tail_start)
+    # The largest is zero where the products of small weights underflow.
+    clear = 0 < eigenvalues[-1] <= allowed_range * tail_start
+    return allowed_range == math.inf or bool(clear)
 
 
 def _is_solvers(error: RuntimeError) -> bool:

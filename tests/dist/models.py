@@ -53,6 +53,7 @@ LAYOUTS = {
     "tp2-sp-etp1": ModelLayout(2, f"{_SP2} {_ETP1}"),
     "tp2-sp-ep2": ModelLayout(2, f"{_SP2} {_EP2} {_ETP1}"),
     "dp4": ModelLayout(4, _FOUR),
+    "tp4": ModelLayout(4, f"{_FOUR} --tensor-model-parallel-size 4"),
     "tp2-sp-pp2": ModelLayout(4, f"{_FOUR} {_SP2} {_PP2}"),
     "tp2-sp-cp2": ModelLayout(4, f"{_FOUR} {_SP2} {_CP2} {_DISTRIBUTED}"),
     "pp4-mtp-alone": ModelLayout(
@@ -106,6 +107,8 @@ MODELS = {
         "one dp2 dp2-bf16 tp2 tp2-sp pp2-uneven pp2-counted pp2-custom vpp2 vpp2-custom cp2 "
         "dp4 tp2-sp-pp2 tp2-sp-cp2",
     ),
+    # One key and one value for all heads: most tensor-parallel ranks hold nothing of them.
+    "mqa": _model("--num-query-groups 1 --kv-channels 64", "one dp2 tp2 dp4 tp4"),
     "tied": _model("", "one dp2 dp2-bf16 tp2-sp pp2 vpp2 cp2", tied=True),
     "moe": _model(
         _EXPERTS,

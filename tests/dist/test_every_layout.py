@@ -97,7 +97,7 @@ def models(draw: st.DrawFn) -> Model:
         blocks=blocks,
         hidden=draw(st.sampled_from([64, 96, 128])),
         heads=heads,
-        groups=draw(st.sampled_from([2, heads])),
+        groups=draw(st.sampled_from([1, 2, heads])),
         ffn=draw(st.sampled_from([64, 160, 192])),
         gated=draw(st.booleans()),
         tied=draw(st.booleans()),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_llr.engine.exchange import assemble
 from megatron_llr.sharding.families import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
 from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved, stacked
+from megatron_llr.sharding.shard import MatrixShard
 
 RULES = {rule.path: rule.layout for rule in BLOCK_WEIGHTS}
 
@@ -122,3 +123,22 @@ def test_flat_ranges_of_all_roles_cover_every_slice_once(data: st.DataObject) ->
 def test_touching_runs_are_joined() -> None:
     assert interleaved([("q", 2)], 3, 0, 6) == {"q": (Span(0, 0, 6),)}
     assert flat_ranges((Span(0, 0, 1), Span(1, 5, 1)), 4, 0, 8) == ((0, 8),)
+
+
+@pytest.mark.parametrize(("heads", "groups", "shards"), [(4, 1, 4), (8, 1, 4), (32, 2, 8)])
+def test_a_matrix_is_split_though_the_first_ranks_hold_nothing_of_it(
+    heads: int, groups: int, shards: int
+) -> None:
+    """Key and value rows of few query groups lie at the end of each group's rows."""
+    rows = (heads + 2 * groups) * 64 // shards
+    parts = [("q", heads // groups * 64), ("k", 64), ("v", 64)]
+    for name in ("q", "k", "v"):
+        held = tuple(
+            Placement(
+                interleaved(parts, groups, rank * rows, (rank + 1) * rows).get(name, ()), 0, 5
+            )
+            for rank in range(shards)
+        )
+        ranks = tuple(range(shards))
+        shard = MatrixShard(name, "c", torch.nn.Parameter(torch.ones(1)), 1, 5, held, ranks, None)
+        assert shard.split

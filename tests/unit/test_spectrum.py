@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -144,11 +145,51 @@ def test_wrong_arguments_are_named() -> None:
         analyze_matrix(torch.randn(8))
 
 
-def test_tf32_does_not_reach_the_gram_matrix() -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def _newer_name(backend: Any, precision: str) -> None:
+    backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("reduce", "found"),
+    [
+        (lambda: torch.set_float32_matmul_precision("high"), ("tf32", "tf32")),
+        (lambda: _newer_name(torch.backends.cuda.matmul, "tf32"), ("tf32", "none")),
+        (lambda: _newer_name(torch.backends.mkldnn.matmul, "bf16"), ("none", "bf16")),
+        (lambda: _newer_name(torch.backends, "tf32"), ("tf32", "tf32")),
+    ],
+    ids=["older", "cuda", "mkldnn", "all"],
+)
+def test_reduced_precision_does_not_reach_the_gram_matrix(
+    reduce: Callable[[], None], found: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set by torch's older name or by its newer ones; it stands again afterwards."""
+
+    def precisions() -> tuple[str, str]:
+        backends = torch.backends
+        return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+
+    inside = []
+    solve = torch.linalg.eigvalsh
+
+    def solver(matrix: torch.Tensor) -> torch.Tensor:
+        inside.append(precisions())
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", solver)
     try:
-        analyze_matrix(torch.randn(600, 600))
-        assert torch.get_float32_matmul_precision() == "high"
+        reduce()
+        assert analyze_matrix(torch.randn(600, 600)).method == "gram32"
+        assert inside == [("ieee", "ieee")]
+        assert precisions() == found
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            _newer_name(backend, "none")
+
+
+def test_weights_whose_products_underflow_are_no_zeros() -> None:
+    weight = torch.randn(600, 700, generator=torch.Generator().manual_seed(0))
+    small, usual = analyze_matrix(weight * 1e-24), analyze_matrix(weight)
+    assert small.method != "gram32"
+    assert small.alpha_hill_median == pytest.approx(usual.alpha_hill_median, rel=1e-4)
