@@ -44,6 +44,8 @@ MEANINGFUL = (
 )
 # Fields that only say when; a change holds from the next measurement on.
 TIMING = ("interval", "ramp_iters", "active_fraction", "active_iters", "weight_decay")
+# Those of them that a saved state answers: its window holds.
+WINDOW = ("active_fraction", "active_iters")
 
 
 def flag(field: str) -> str:

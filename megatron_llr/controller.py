@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llr import state
-from megatron_llr.config import LLRConfig, flag
+from megatron_llr.config import WINDOW, LLRConfig, flag
 from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.summary import block_table, by_role, matrix_table, role_table
@@ -111,7 +111,7 @@ class LayerwiseController:
             "next_update": self.next_update,
             "matrices": list(self.directory),
             "meaning": self.config.meaning(),
-            "timing": self.config.timing(),
+            "timing": {**self.config.timing(), **self._saved_window()},
             "schedule": self._schedule.state_dict(),
             # JSON has no NaN.
             "alphas": {m: None if math.isnan(a) else a for m, a in self._alphas.items()},
@@ -162,10 +162,27 @@ class LayerwiseController:
             self._measure()
         else:
             # The saved window holds; a longer --train-iters does not move it.
-            self._schedule = MultiplierSchedule.resume(self.config, self._document["schedule"])
+            self._schedule = MultiplierSchedule.resume(
+                self.config, self._steppable(self._document["schedule"])
+            )
             saved = self._document["alphas"]
             self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
         self._set_multipliers()
+
+    def _saved_window(self) -> dict[str, Any]:
+        """What a loaded state says of the window: it holds, whatever this run's flags say."""
+        timing = self._document["timing"] if self._document is not None else {}
+        return {field: timing[field] for field in WINDOW if field in timing}
+
+    def _steppable(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A saved schedule that this run's optimizer can step: it may have stepped parts before."""
+        if not self._inseparable or saved["observed_at"] is None:
+            return saved
+        tables = {
+            name: share_multipliers(saved[name], self.directory, "projection", self._inseparable)
+            for name in ("old", "new")
+        }
+        return {**saved, **tables}
 
     def _ask_who_reads(self) -> None:
         """Learn what any rank writes: what nobody reads is neither worked out nor sent."""
@@ -210,8 +227,10 @@ class LayerwiseController:
         alphas = self._exponents(measurement)
         targets = self._targets(alphas)
         kept = [matrix for matrix in alphas if matrix not in targets]
+        # What is too small to be measured is at 1, whatever it last shared with others.
+        before = {m: v for m, v in self._schedule.targets.items() if self.directory[m].tunable}
         shared = share_multipliers(
-            {**self._schedule.targets, **targets},
+            {**before, **targets},
             self.directory,
             self.config.granularity,
             self._inseparable,

@@ -214,7 +214,7 @@ def attach(
     inseparable: dict[str, str] = {}
     for reported in gather_distinct(groups.inseparable):
         inseparable.update(reported)
-    if inseparable and config.granularity == "projection":
+    if inseparable and config.granularity != "parameter":
         say(
             f"{', '.join(sorted(set(inseparable.values())))} cannot step parts of a tensor: "
             f"{len(inseparable)} fused matrices share the mean multiplier of their parameter"

@@ -1,21 +1,19 @@
 """Which matrices share a multiplier, and what they share: the mean of theirs, by size."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_llr.records import EMBEDDING_IDS, Directory, MatrixInfo, block_key, role_of
 
 
-def _shares_with(
-    info: MatrixInfo, granularity: str, inseparable: Collection[str], held: Collection[str]
-) -> str:
+def _shares_with(info: MatrixInfo, granularity: str, held: Collection[str]) -> str:
     """Name of the set of matrices that this one shares a multiplier with; its own id if alone."""
-    alone = info.matrix in EMBEDDING_IDS or info.matrix in held
-    if granularity in ("role", "block") and info.tunable and not alone:
-        return role_of(info.matrix) if granularity == "role" else block_key(info.matrix)
-    if granularity == "parameter" or info.matrix in inseparable:
+    if granularity == "parameter":
         return info.cluster
-    return info.matrix
+    alone = info.matrix in EMBEDDING_IDS or info.matrix in held or not info.tunable
+    if granularity == "projection" or alone:
+        return info.matrix
+    return role_of(info.matrix) if granularity == "role" else block_key(info.matrix)
 
 
 def share_multipliers(
@@ -37,18 +35,33 @@ def share_multipliers(
 
     Returns:
         Multiplier of every matrix of the directory. Matrices too small to be measured stay at 1,
-        except that at `parameter` they take part in the mean of their parameter.
+        except that they take part in the mean of a parameter that shares one.
     """
-    shared: dict[str, list[MatrixInfo]] = defaultdict(list)
-    for info in directory.values():
-        shared[_shares_with(info, granularity, inseparable, held)].append(info)
-    multipliers: dict[str, float] = {}
-    for members in shared.values():
-        values = [targets.get(info.matrix, 1.0) for info in members]
-        # An exact mean of equal values, so that sharing changes nothing where nothing differs.
-        mean = values[0]
-        if len(set(values)) > 1:
-            sizes = [info.numel for info in members]
-            mean = sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
-        multipliers.update((info.matrix, mean) for info in members)
-    return {matrix: multipliers[matrix] for matrix in directory}
+    shared = _means(
+        {matrix: targets.get(matrix, 1.0) for matrix in directory},
+        {matrix: _shares_with(info, granularity, held) for matrix, info in directory.items()},
+        directory,
+    )
+    # Last: a role or a block may have given the parts of one parameter different means.
+    clusters = {m: info.cluster if m in inseparable else m for m, info in directory.items()}
+    return _means(shared, clusters, directory)
+
+
+def _means(
+    values: Mapping[str, float], sets: Mapping[str, str], directory: Directory
+) -> dict[str, float]:
+    """The mean of its set, by size, in place of every value."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for matrix, name in sets.items():
+        members[name].append(matrix)
+    means = {name: _mean(found, values, directory) for name, found in members.items()}
+    return {matrix: means[name] for matrix, name in sets.items()}
+
+
+def _mean(matrices: Sequence[str], values: Mapping[str, float], directory: Directory) -> float:
+    found = [values[matrix] for matrix in matrices]
+    # Exactly the value where all are equal, so that sharing changes nothing there.
+    if len(set(found)) == 1:
+        return found[0]
+    sizes = [directory[matrix].numel for matrix in matrices]
+    return sum(v * n for v, n in zip(found, sizes, strict=True)) / sum(sizes)

@@ -34,7 +34,10 @@ class LayerwiseParamScheduler(host.OptimizerParamScheduler):  # type: ignore[mis
     def state_dict(self) -> dict[str, Any]:
         """Megatron's state, and the controller's as one JSON string."""
         document = self._controller.state_dict()
-        return {**super().state_dict(), state.KEY: state.encode(document) if document else ""}
+        # Megatron saves before `restore_controller` where it converts a checkpoint's format.
+        waiting = "" if self._controller.config.reset_state else self._saved or ""
+        kept = state.encode(document) if document else waiting
+        return {**super().state_dict(), state.KEY: kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Megatron's state; keep the controller's for `restore_controller`."""

@@ -117,6 +117,38 @@ def test_uniform_is_plain_megatron_and_a_resume_is_the_unbroken_run(
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.parametrize("granularity", ["role", "block", "parameter"])
+def test_matrices_that_cannot_be_stepped_apart_share_at_any_granularity(granularity: str) -> None:
+    """Keys and values too small to be measured count as 1 at every measurement, not as what they
+    shared before: constant targets give constant multipliers.
+    """
+    found: list[dict[str, float]] = []
+    train(
+        "--optimizer muon --muon-no-split-qkv --num-query-groups 1 --exit-interval 6",
+        f"--llr-granularity {granularity} --llr-policy blockwise --llr-interval 2 --llr-ramp-iters 0",
+        on_update=lambda run, update, done: found.append(run.multipliers),
+    )
+    for fused in (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")):
+        assert len({found[0][f"block.0.{role}"] for role in fused}) == 1
+    assert all(multipliers == found[0] for multipliers in found)
+
+
+@pytest.mark.world_size(1)
+def test_a_resume_may_turn_off_what_stepped_parts(shared_dir: object) -> None:
+    """--muon-no-split-qkv, inside a ramp: q, k and v go on with the mean of what they had."""
+    saved = train("--optimizer muon --exit-interval 5", f"--save {shared_dir} --save-interval 5")
+    q, k, v = (f"block.1.attention.{role}" for role in "qkv")
+    assert len({saved.multipliers[matrix] for matrix in (q, k, v)}) == 3
+    run = train(f"--optimizer muon --muon-no-split-qkv --load {shared_dir} --exit-interval 6")
+    document = run.controller.state_dict()["schedule"]
+    for table, before in (("old", "old"), ("new", "new")):
+        values = saved.controller.state_dict()["schedule"][before]
+        # Two query groups for four heads.
+        mean = (2 * values[q] + values[k] + values[v]) / 4
+        assert [document[table][m] for m in (q, k, v)] == [pytest.approx(mean)] * 3
+
+
+@pytest.mark.world_size(1)
 def test_adaptive_muon_is_refused_since_plain_megatron_cannot_run_it() -> None:
     """When the first line passes, the refusal can go."""
     with pytest.raises(AttributeError, match="scale_mode"):

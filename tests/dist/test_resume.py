@@ -120,16 +120,19 @@ def test_what_a_checkpoint_of_another_run_is_told(
     assert "(also --llr-mapping); allowed: 5.0" in told
     assert "--llr-reset-state" in told
     capfd.readouterr()
-    timing = "--llr-ramp-iters 1 --llr-interval 5 --llr-weight-decay decoupled"
+    timing = "--llr-ramp-iters 1 --llr-interval 5 --llr-weight-decay decoupled --llr-active-iters 8"
     changed = train(load, timing)
     listed = [line for line in capfd.readouterr().out.splitlines() if "was" in line]
     assert listed == [
         "[llr] --llr-interval is 5, was 4 when the state was saved",
         "[llr] --llr-ramp-iters is 1, was 3 when the state was saved",
+        "[llr] --llr-active-iters 8 is not taken (was None): the saved window to update 6 holds",
         "[llr] --llr-weight-decay is decoupled, was coupled when the state was saved",
     ]
-    # The ramp that was under way goes on as it began.
-    assert changed.controller.state_dict()["schedule"] == saved.controller.state_dict()["schedule"]
+    # The ramp that was under way goes on as it began, in the window that was saved.
+    states = [run.controller.state_dict() for run in (changed, saved)]
+    assert states[0]["schedule"] == states[1]["schedule"]
+    assert states[0]["timing"]["active_iters"] is None
     reset = train(load, "--llr-max-multiplier 3 --llr-reset-state --llr-active-fraction 0.5")
     assert reset.controller.state_dict()["schedule"]["start"] == 6
     assert "was" not in capfd.readouterr().out
@@ -144,6 +147,18 @@ def test_other_matrices_and_newer_versions_are_refused() -> None:
         fresh.load_state_dict({**document, "matrices": [*document["matrices"], "block.9.mlp.up"]})
     with pytest.raises(ValueError, match="of a newer version: got 3; allowed: up to 2"):
         fresh.load_state_dict({**document, "version": 3})
+
+
+@pytest.mark.world_size(1)
+def test_a_checkpoint_that_megatron_converts_keeps_the_state(shared_dir: Path) -> None:
+    """--ckpt-convert-format saves before the controller has its state, and leaves."""
+    saved = train(f"--save {shared_dir} {SAVE} --exit-interval 5 --ckpt-format torch")
+    convert = f"--ckpt-convert-format torch_dist --ckpt-convert-save {shared_dir / 'other'}"
+    with pytest.raises(SystemExit):
+        train(go_back(shared_dir), f"--ckpt-format torch {convert}")
+    resumed = train(go_back(shared_dir / "other" / "torch_dist"), "--exit-interval 6")
+    state = resumed.controller.state_dict()
+    assert state["schedule"] == saved.controller.state_dict()["schedule"]
 
 
 @pytest.mark.world_size(1)

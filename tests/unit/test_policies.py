@@ -156,6 +156,22 @@ def test_an_optimizer_that_cannot_step_parts_shares_whatever_the_granularity(
     assert found["block.1.attention.q"] == targets["block.1.attention.q"]
 
 
+@pytest.mark.parametrize("granularity", ["role", "block"])
+def test_a_role_or_a_block_leaves_no_parameter_with_two_multipliers_that_cannot_have_them(
+    directory: Directory, granularity: str
+) -> None:
+    """Also where a part is too small to be measured: k is."""
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
+    fused = [matrix for matrix, info in directory.items() if info.cluster.endswith("qkv")]
+    shared = share_multipliers(targets, directory, granularity)
+    found = share_multipliers(targets, directory, granularity, fused)
+    for block in (0, 1):
+        q, k, v, o = (f"block.{block}.attention.{role}" for role in "qkvo")
+        mean = (shared[q] * 128 + shared[k] * 32 + shared[v] * 64) / 224
+        assert found[q] == found[k] == found[v] == pytest.approx(mean)
+        assert found[o] == shared[o]
+
+
 ROUTER = "block.0.mlp.router"
 
 
