@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def read_chunks(path: str, *, json_key: str | None, documents: str) -> Iterator[
             for batch in _batches(numbered):
                 before, read = raw.tell(), raw.tell() - before
                 yield Chunk(path, json_key, batch, read)
-    except (OSError, EOFError) as broken:
+    except (OSError, EOFError, zlib.error) as broken:
         raise user_error(
             f"cannot read {path}",
             got=getattr(broken, "strerror", None) or str(broken),

@@ -145,6 +145,11 @@ def not_gzip(folder: Path) -> list[object]:
     return [folder / "in.gz"]
 
 
+def damaged_gzip(folder: Path) -> list[object]:
+    (folder / "in.txt.gz").write_bytes(gzip.compress(b"x")[:10] + b"\xff" * 50)
+    return [folder / "in.txt.gz"]
+
+
 def not_utf8(folder: Path) -> list[object]:
     (folder / "in.txt").write_bytes(b"good\nb\xffd\n")
     return [folder / "in.txt", "--tokenizer", "TOKENIZER"]
@@ -158,6 +163,7 @@ REFUSED = {
         "in.jsonl:1 has no text under the key 'text': got a value of ty",
     ),
     "not gzip": (not_gzip, "cannot read"),
+    "damaged gzip": (damaged_gzip, "in.txt.gz: got Error -3 while decompressing data"),
     "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
     "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
     "no match": (lambda folder: [folder / "*.txt"], "*.txt: got no such file"),
