@@ -78,12 +78,18 @@ class PairWriter:
             lengths: tokens of each.
 
         Raises:
-            ValueError: if the files cannot be written.
+            ValueError: if the files cannot be written, or an id is beyond the vocabulary.
         """
         assert len(ids) == sum(lengths)
         if len(ids):
             assert int(ids.min()) >= 0, "token ids start at 0"
-            assert int(ids.max()) < self._vocab_size, "a token id beyond the vocabulary"
+            if (highest := int(ids.max())) >= self._vocab_size:
+                raise user_error(
+                    "a token id beyond the vocabulary",
+                    got=highest,
+                    allowed=f"0 to {self._vocab_size - 1}, as many as the vocabulary has entries",
+                    remedy="take another --tokenizer, or number this one's tokens without gaps",
+                )
         stored = ids.astype(self.dtype)
         start = 0
         try:

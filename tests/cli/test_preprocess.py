@@ -162,6 +162,15 @@ def not_text(name: str, content: bytes) -> Callable[[Path], list[object]]:
     return make
 
 
+def ids_with_a_gap(folder: Path) -> list[object]:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"low": 0, "</s>": 1, "high": 7}, unk_token="low"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder / "t")
+    return [write_jsonl(folder / "in.jsonl", ["low", "high"]), "--tokenizer", folder / "t"]
+
+
 def not_utf8(folder: Path) -> list[object]:
     (folder / "in.txt").write_bytes(b"good\nb\xffd\n")
     return [folder / "in.txt", "--tokenizer", "TOKENIZER"]
@@ -190,6 +199,7 @@ REFUSED = {
         not_text("in.parquet", b"PAR1\x15\x04\x15"),
         "in.parquet is not text: got Parquet",
     ),
+    "ids with a gap": (ids_with_a_gap, "a token id beyond the vocabulary: got 7; allowed: 0 to 2"),
     "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
     "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
     "no match": (lambda folder: [folder / "*.txt"], "*.txt: got no such file"),
