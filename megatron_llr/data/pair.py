@@ -33,12 +33,21 @@ class PairWriter:
         tokens: written so far, ends of documents included.
 
     Raises:
-        ValueError: if there is a pair already, or the files cannot be written.
+        ValueError: if the prefix is a folder's, there is a pair already, or the files cannot be
+            written.
     """
 
     def __init__(
         self, prefix: str | os.PathLike[str], vocab_size: int, *, overwrite: bool = False
     ) -> None:
+        # `Path` drops a slash at the end: the pair would lie beside the folder.
+        if os.path.basename(prefix) in ("", ".", ".."):
+            raise user_error(
+                "the output has no name",
+                got=os.fspath(prefix) or "nothing",
+                allowed="the path of the pair without suffix, such as data/corpus",
+                remedy="add a name to --output",
+            )
         self._target = Path(prefix)
         self._vocab_size = vocab_size
         self.documents = 0

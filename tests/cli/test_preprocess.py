@@ -273,6 +273,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert_nothing_left(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_folder_as_output_is_refused(name: str, tmp_path: Path, tool: Tool) -> None:
+    """Also where the input is broken: it is not looked at."""
+    source = line_7_is_broken(tmp_path)[0]
+    (tmp_path / "out").mkdir()
+    code, said = tool(source, "--output", f"{tmp_path}/out/{name}")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert f"the output has no name: got {tmp_path}/out/{name}; allowed: " in line
+    assert_nothing_left(tmp_path, "in.jsonl", "out")
+    assert_nothing_left(tmp_path / "out")
+
+
 def test_text_that_begins_as_a_compressed_file_may(tmp_path: Path, tool: Tool) -> None:
     texts = [b"BZh9 is a name", b"PAR1 too", b""]
     for number, text in enumerate(texts):
