@@ -1,9 +1,7 @@
 """tools/preprocess_data.py: what it writes, what it refuses, and that nothing broken is left."""
 
-import bz2
 import gzip
 import json
-import lzma
 import os
 import resource
 import subprocess
@@ -147,21 +145,6 @@ def not_gzip(folder: Path) -> list[object]:
     return [folder / "in.gz"]
 
 
-def damaged_gzip(folder: Path) -> list[object]:
-    (folder / "in.txt.gz").write_bytes(gzip.compress(b"x")[:10] + b"\xff" * 50)
-    return [folder / "in.txt.gz"]
-
-
-def not_text(name: str, content: bytes) -> Callable[[Path], list[object]]:
-    """The other file is good, and first."""
-
-    def make(folder: Path) -> list[object]:
-        (folder / name).write_bytes(content)
-        return [write_jsonl(folder / "good.jsonl", TEXTS), folder / name]
-
-    return make
-
-
 def ids_with_a_gap(folder: Path) -> list[object]:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -184,21 +167,6 @@ REFUSED = {
         "in.jsonl:1 has no text under the key 'text': got a value of ty",
     ),
     "not gzip": (not_gzip, "cannot read"),
-    "damaged gzip": (damaged_gzip, "in.txt.gz: got Error -3 while decompressing data"),
-    "gzip by another name": (
-        not_text("in.txt", gzip.compress(b"x")),
-        "in.txt is not text: got gzip by its first bytes",
-    ),
-    "bzip2": (not_text("in.bz2", bz2.compress(b"x")), "in.bz2 is not text: got bzip2"),
-    "xz": (not_text("in.jsonl.xz", lzma.compress(b"x")), "in.jsonl.xz is not text: got xz"),
-    "zstd": (
-        not_text("in.zst", b"\x28\xb5\x2f\xfd\x04\x58\x71\0\0"),
-        "in.zst is not text: got zstd",
-    ),
-    "Parquet": (
-        not_text("in.parquet", b"PAR1\x15\x04\x15"),
-        "in.parquet is not text: got Parquet",
-    ),
     "ids with a gap": (ids_with_a_gap, "a token id beyond the vocabulary: got 7; allowed: 0 to 2"),
     "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
     "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
@@ -284,14 +252,6 @@ def test_a_folder_as_output_is_refused(name: str, tmp_path: Path, tool: Tool) ->
     assert f"the output has no name: got {tmp_path}/out/{name}; allowed: " in line
     assert_nothing_left(tmp_path, "in.jsonl", "out")
     assert_nothing_left(tmp_path / "out")
-
-
-def test_text_that_begins_as_a_compressed_file_may(tmp_path: Path, tool: Tool) -> None:
-    texts = [b"BZh9 is a name", b"PAR1 too", b""]
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.txt").write_bytes(text)
-    assert tool(tmp_path / "*.txt", "--output", tmp_path / "set")[0] == 0
-    assert read(tmp_path / "set")[1] == [[*text, 256] for text in texts[:2]]
 
 
 def test_an_error_in_a_worker_is_told_alike(tmp_path: Path) -> None:
