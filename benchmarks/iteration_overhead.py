@@ -7,6 +7,7 @@ the same machine at the same time. Prints the ratio of the medians, the same for
 step, and what the steps' difference is of an iteration: that last figure is the least noisy.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -32,6 +33,9 @@ FLAGS = (
 
 def main() -> None:
     """Train, toggling the layer groups, and print the ratios."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.argv[1:] = launch.prepare_device(FLAGS)
     from megatron_llr import host
     from megatron_llr.training import job

@@ -6,6 +6,8 @@ Matrices of three kinds, cut into 2, 4 and 8 shards along rows or columns; print
 the whole matrix and those of the pooled singular values.
 """
 
+import argparse
+
 import torch
 
 from megatron_llr.observe.summary import text_table
@@ -22,6 +24,9 @@ def pooled(weight: torch.Tensor, ways: int, dim: int) -> float:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     generator = torch.Generator().manual_seed(0)
     rows = []
     for shape in ((768, 768), (2048, 768)):

@@ -1,11 +1,11 @@
 """Let `transformers` continue a text with a converted checkpoint.
 
-Usage: python examples/generate_text.py FOLDER "def main" [TOKENS]
+Usage: python examples/generate_text.py FOLDER PROMPT [TOKENS]
 
 Without a tokenizer in the folder every byte is a token, as in the demo.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -14,8 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     """Greedy continuation, printed."""
-    folder, prompt = Path(sys.argv[1]), sys.argv[2]
-    tokens = int(sys.argv[3]) if len(sys.argv) > 3 else 80
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="Hugging Face folder")
+    parser.add_argument("prompt", help="the text to continue, such as 'def main'")
+    parser.add_argument("tokens", nargs="?", type=int, default=80, help="how many to add (80)")
+    given = parser.parse_args()
+    folder, prompt, tokens = given.folder, given.prompt, given.tokens
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder) if any(folder.glob("tokenizer*")) else None
     ids = tokenizer.encode(prompt) if tokenizer else list(prompt.encode())

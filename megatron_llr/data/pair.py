@@ -33,12 +33,21 @@ class PairWriter:
         tokens: written so far, ends of documents included.
 
     Raises:
-        ValueError: if there is a pair already, or the files cannot be written.
+        ValueError: if the prefix is a folder's, there is a pair already, or the files cannot be
+            written.
     """
 
     def __init__(
         self, prefix: str | os.PathLike[str], vocab_size: int, *, overwrite: bool = False
     ) -> None:
+        # `Path` drops a slash at the end: the pair would lie beside the folder.
+        if os.path.basename(prefix) in ("", ".", ".."):
+            raise user_error(
+                "the output has no name",
+                got=os.fspath(prefix) or "nothing",
+                allowed="the path of the pair without suffix, such as data/corpus",
+                remedy="add a name to --output",
+            )
         self._target = Path(prefix)
         self._vocab_size = vocab_size
         self.documents = 0
@@ -78,12 +87,18 @@ class PairWriter:
             lengths: tokens of each.
 
         Raises:
-            ValueError: if the files cannot be written.
+            ValueError: if the files cannot be written, or an id is beyond the vocabulary.
         """
         assert len(ids) == sum(lengths)
         if len(ids):
             assert int(ids.min()) >= 0, "token ids start at 0"
-            assert int(ids.max()) < self._vocab_size, "a token id beyond the vocabulary"
+            if (highest := int(ids.max())) >= self._vocab_size:
+                raise user_error(
+                    "a token id beyond the vocabulary",
+                    got=highest,
+                    allowed=f"0 to {self._vocab_size - 1}, as many as the vocabulary has entries",
+                    remedy="take another --tokenizer, or number this one's tokens without gaps",
+                )
         stored = ids.astype(self.dtype)
         start = 0
         try:

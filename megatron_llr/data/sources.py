@@ -5,6 +5,8 @@ import gzip
 import itertools
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,15 @@ DOCUMENTS = ("file", "paragraph", "line")
 # Documents travel to the workers in chunks of about this size: large enough that sending them costs
 # little, small enough that a few per worker fit in memory.
 CHUNK_BYTES = 1 << 20
+
+# How files that are not text begin, and what makes text of them; as far as text cannot begin so.
+_NOT_TEXT = {
+    "gzip": (rb"\x1f\x8b\x08", "rename it to end in .gz"),
+    "bzip2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "decompress it first (bzip2 -d)"),
+    "xz": (rb"\xfd7zXZ\0", "decompress it first (xz -d)"),
+    "zstd": (rb"\x28\xb5\x2f\xfd", "decompress it first (zstd -d)"),
+    "Parquet": (rb"PAR1\x15", "write its texts as JSON lines first"),
+}
 
 Numbered = tuple[int, bytes]
 """(number of its first line, from 1, raw bytes) of a document."""
@@ -86,7 +97,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """The files that paths and glob patterns name; a pattern's own in alphabetical order.
 
     Raises:
-        ValueError: if one names no readable file, or two name the same.
+        ValueError: if one names no readable file or one that is not text, or two name the same.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -108,7 +119,26 @@ def expand(patterns: Sequence[str]) -> list[str]:
             allowed="each file once",
             remedy="drop one of the patterns that name it",
         )
+    for path in paths:
+        _check_is_text(path)
     return paths
+
+
+def _check_is_text(path: str) -> None:
+    """Refuse a file that would be taken for text byte by byte; gzip that is named .gz may pass."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as broken:
+        raise _cannot_read(path, broken) from broken
+    for form, (beginning, remedy) in _NOT_TEXT.items():
+        if re.match(beginning, start) and not (form == "gzip" and path.endswith(".gz")):
+            raise user_error(
+                f"{path} is not text",
+                got=f"{form} by its first bytes",
+                allowed="JSON lines or plain text, also as gzip in a file named .gz",
+                remedy=remedy,
+            )
 
 
 def is_json_lines(path: str, form: str) -> bool:
@@ -140,13 +170,17 @@ def read_chunks(path: str, *, json_key: str | None, documents: str) -> Iterator[
             for batch in _batches(numbered):
                 before, read = raw.tell(), raw.tell() - before
                 yield Chunk(path, json_key, batch, read)
-    except (OSError, EOFError) as broken:
-        raise user_error(
-            f"cannot read {path}",
-            got=getattr(broken, "strerror", None) or str(broken),
-            allowed="a readable file" + (", gzip as its name says" if path[-3:] == ".gz" else ""),
-            remedy="correct the path, its permissions, or the file",
-        ) from broken
+    except (OSError, EOFError, zlib.error) as broken:
+        raise _cannot_read(path, broken) from broken
+
+
+def _cannot_read(path: str, broken: Exception) -> ValueError:
+    return user_error(
+        f"cannot read {path}",
+        got=getattr(broken, "strerror", None) or str(broken),
+        allowed="a readable file" + (", gzip as its name says" if path.endswith(".gz") else ""),
+        remedy="correct the path, its permissions, or the file",
+    )
 
 
 def _decompressed(path: str, raw: BinaryIO) -> IO[bytes]:

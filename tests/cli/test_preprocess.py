@@ -145,6 +145,15 @@ def not_gzip(folder: Path) -> list[object]:
     return [folder / "in.gz"]
 
 
+def ids_with_a_gap(folder: Path) -> list[object]:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"low": 0, "</s>": 1, "high": 7}, unk_token="low"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder / "t")
+    return [write_jsonl(folder / "in.jsonl", ["low", "high"]), "--tokenizer", folder / "t"]
+
+
 def not_utf8(folder: Path) -> list[object]:
     (folder / "in.txt").write_bytes(b"good\nb\xffd\n")
     return [folder / "in.txt", "--tokenizer", "TOKENIZER"]
@@ -158,6 +167,7 @@ REFUSED = {
         "in.jsonl:1 has no text under the key 'text': got a value of ty",
     ),
     "not gzip": (not_gzip, "cannot read"),
+    "ids with a gap": (ids_with_a_gap, "a token id beyond the vocabulary: got 7; allowed: 0 to 2"),
     "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
     "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
     "no match": (lambda folder: [folder / "*.txt"], "*.txt: got no such file"),
@@ -228,6 +238,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (line,) = said.splitlines()
     assert told in line
     assert "; allowed: " in line
+    assert_nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_folder_as_output_is_refused(name: str, tmp_path: Path, tool: Tool) -> None:
+    """Also where the input is broken: it is not looked at."""
+    source = line_7_is_broken(tmp_path)[0]
+    (tmp_path / "out").mkdir()
+    code, said = tool(source, "--output", f"{tmp_path}/out/{name}")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert f"the output has no name: got {tmp_path}/out/{name}; allowed: " in line
+    assert_nothing_left(tmp_path, "in.jsonl", "out")
     assert_nothing_left(tmp_path / "out")
 
 
