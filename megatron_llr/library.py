@@ -1,6 +1,6 @@
 """The library route: layerwise learning rates in anyone's Megatron-Core loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,13 @@ from megatron_llr.sharding.shard import MatrixShard
 
 _LAYER_GROUPS = "llr_layer_groups"
 """Attribute of the optimizer that holds the layer groups built with it."""
+
+UNSTEPPABLE: Mapping[str, str] = {
+    "optimizer_cpu_offload": "its host copies are stepped by optimizers that it rebuilds at will",
+    "optimizer_cuda_graph": "layer groups come by Python hooks, which a graph records once",
+    "overlap_param_gather_with_optimizer_step": "it steps model chunks one by one, amid gathers",
+}
+"""Settings of Megatron's OptimizerConfig that layer groups do not work with -> why."""
 
 # Settings that may differ from node to node without changing what is trained.
 _LOCAL_SETTINGS = frozenset({"log_dir"})
@@ -57,9 +64,22 @@ def require_same_settings(config: LLRConfig, **others: Any) -> None:
         require_equal(found, lambda _: f"give every rank the same file {table}")
 
 
+def _refuse_unsteppable(config: Any) -> None:
+    for name, reason in UNSTEPPABLE.items():
+        if getattr(config, name, False):
+            raise user_error(
+                f"{name} is not supported yet: {reason}",
+                got=f"{name}=True",
+                allowed=f"{name}=False",
+                remedy=f"leave it out of the OptimizerConfig (--{name.replace('_', '-')})",
+            )
+
+
 def _build_layer_groups(
     optimizer: Any, model_chunks: Sequence[torch.nn.Module], config: LLRConfig
 ) -> LayerGroups:
+    for leaf in leaf_optimizers(optimizer):
+        _refuse_unsteppable(leaf.config)
     catalog = together(lambda: build_catalog(model_chunks)).shards
     target = together(lambda: acts_on(config.policy))
     require_equal(
@@ -77,6 +97,21 @@ def _build_layer_groups(
     )
     setattr(optimizer, _LAYER_GROUPS, groups)
     return groups
+
+
+def _require_built_for(groups: LayerGroups, config: LLRConfig) -> None:
+    """What multipliers do is settled when the optimizer is built."""
+    for field, built, asked in (
+        ("policy", groups.on_decay, acts_on(config.policy) == WEIGHT_DECAY),
+        ("weight_decay", groups.decoupled_decay, config.weight_decay == "decoupled"),
+    ):
+        if built != asked:
+            raise user_error(
+                f"attach() got another {flag(field)} than the optimizer was built for",
+                got=getattr(config, field),
+                allowed="what get_megatron_optimizer(..., llr=...) was given",
+                remedy="give both the same LLRConfig",
+            )
 
 
 def _place_weights(
@@ -140,12 +175,14 @@ def get_megatron_optimizer(
         exactly as Megatron's.
 
     Raises:
-        ValueError: if the policy cannot be loaded.
+        ValueError: if the policy cannot be loaded, or the optimizer cannot have layer groups
+            (`UNSTEPPABLE`).
         RuntimeError: if settings differ between ranks, or weights are cut in ways that are not
             followed (GTP, FSDP).
     """
     if llr is not None:
         require_same_settings(llr)
+        _refuse_unsteppable(config)
     optimizer = host.get_megatron_optimizer(config, model_chunks, *args, **kwargs)
     if llr is not None:
         _build_layer_groups(optimizer, model_chunks, llr)
@@ -195,7 +232,8 @@ def attach(
         The controller; call its `prepare()` once the weights are loaded.
 
     Raises:
-        ValueError: if a weight has no place in the tables, or no matrix can be tuned.
+        ValueError: if a weight has no place in the tables, no matrix can be tuned, or the optimizer
+            was built for other settings.
         RuntimeError: if settings differ between ranks.
     """
     if observer is None:
@@ -209,6 +247,7 @@ def attach(
     groups = getattr(optimizer, _LAYER_GROUPS, None)
     if groups is None:
         groups = _build_layer_groups(optimizer, model_chunks, config)
+    _require_built_for(groups, config)
     catalog = _place_weights(model_chunks, config, vocab_size)
     directory = build_directory(catalog)
     inseparable: dict[str, str] = {}

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_llr.config import flag
+from megatron_llr.errors import user_error
+from megatron_llr.ranks import raise_together
 from megatron_llr.records import Directory
 from megatron_llr.sharding.shard import MatrixShard
 
@@ -62,6 +65,9 @@ class MasterWeights:
         shards: catalog of this rank; says which matrices lie in a parameter, and its name.
         directory: all matrices of the job.
         owners: matrix id -> global rank that measures it.
+
+    Raises:
+        ValueError: if a parameter's fp32 copy lies where this rank cannot get it.
     """
 
     def __init__(
@@ -86,8 +92,22 @@ class MasterWeights:
                 cut = piece.group is not None
                 (self._by_group[id(piece.group)] if cut else self._whole).append(piece)
         self._ranges = {key: self._gather_ranges(key) for key in self._groups}
+        raise_together(self._missing())
         # What the replica of a rank needs never changes.
         self._wanted = self._wanted_by_rank()
+
+    def _missing(self) -> ValueError | None:
+        known = {self._names[id(piece.parameter)] for piece in self._whole}
+        known.update(name for ranks in self._ranges.values() for held in ranks for name in held)
+        unknown = sorted({self._names[key] for key in self._matrices} - known)
+        if not unknown:
+            return None
+        return user_error(
+            f"{flag('spectrum_source')} master needs fp32 copies that this rank or its group holds",
+            got=f"an optimizer that deals whole parameters to replicas: {unknown[0]} is elsewhere",
+            allowed="an optimizer that steps every parameter on each replica, or cuts it over them",
+            remedy=f"{flag('spectrum_source')} model, or leave --use-distributed-optimizer out",
+        )
 
     def _gather_ranges(self, key: int) -> list[dict[str, tuple[int, int]]]:
         """What every rank of a group holds: name of the parameter -> its range."""

@@ -224,6 +224,7 @@ class LayerGroups:
         decoupled_decay: bool = False,
         on_decay: bool = False,
     ) -> None:
+        self.decoupled_decay, self.on_decay = decoupled_decay, on_decay
         by_parameter = _by_parameter(shards)
         self._inner: list[InnerGroups] = []
         for leaf in leaf_optimizers(optimizer):

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -141,7 +142,7 @@ def _substitute_torch_cuda() -> None:
         "set_rng_state": _set_cpu_rng_state,
         "manual_seed": _seed_cpu,
         "manual_seed_all": _seed_cpu,
-        "memory_stats": lambda *a, **k: {},
+        "memory_stats": lambda *a, **k: defaultdict(int),
         "get_device_name": lambda *a, **k: "cpu",
         "get_device_properties": lambda *a, **k: SimpleNamespace(
             name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0

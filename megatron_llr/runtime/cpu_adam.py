@@ -36,8 +36,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError(
-                "coupled weight decay (--no-decoupled-weight-decay) is not available on the CPU "
-                "route; leave the flag out"
+                "OptimizerConfig(decoupled_weight_decay=False) is not available on the CPU route; "
+                "leave it out"
             )
         defaults = {
             "lr": lr,

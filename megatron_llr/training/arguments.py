@@ -8,6 +8,7 @@ from typing import Any
 from megatron_llr import host
 from megatron_llr.config import LLRConfig
 from megatron_llr.errors import user_error
+from megatron_llr.library import UNSTEPPABLE
 from megatron_llr.policy_table import summaries
 
 _PREFIX = "llr_"
@@ -95,9 +96,7 @@ _REASONS = {
     "--use-megatron-fsdp": _DTENSORS,
     "--use-torch-fsdp2": _DTENSORS,
     "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
-    "--optimizer-cuda-graph": "layer groups come by Python hooks, which a graph records once",
-    "--optimizer-cpu-offload": "its host copies are stepped by optimizers that it rebuilds at will",
-    "--overlap-param-gather-with-optimizer-step": "it steps model chunks one by one, amid gathers",
+    **{f"--{name.replace('_', '-')}": reason for name, reason in UNSTEPPABLE.items()},
 }
 
 # Optimizers that Megatron takes from another package.

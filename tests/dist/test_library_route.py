@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_llr import LLRConfig
+from megatron_llr.library import UNSTEPPABLE
 from megatron_llr.optim.masters import leaf_optimizers
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -129,3 +130,27 @@ def test_attach_takes_an_optimizer_that_megatron_built() -> None:
     assert set(controller.multipliers.values()) == {1.0}
     controller.prepare()
     assert max(controller.multipliers.values()) == 5.0
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("name", UNSTEPPABLE)
+def test_what_layer_groups_do_not_work_with_is_refused_on_this_route_too(name: str) -> None:
+    from megatron_llr import get_megatron_optimizer
+
+    config = OptimizerConfig(optimizer="adam", lr=1e-3)
+    setattr(config, name, True)
+    with pytest.raises(ValueError, match=f"{name} is not supported yet"):
+        get_megatron_optimizer(config, build_model(1), llr=LLRConfig())
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("other", [{"policy": "alphadecay"}, {"weight_decay": "decoupled"}])
+def test_attach_wants_what_the_optimizer_was_built_for(other: dict[str, Any]) -> None:
+    """Or multipliers would act on the rate that are meant for the decay."""
+    from megatron_llr import attach, get_megatron_optimizer
+
+    model_chunks = build_model(1)
+    config = OptimizerConfig(optimizer="adam", lr=1e-3)
+    optimizer = get_megatron_optimizer(config, model_chunks, llr=LLRConfig())
+    with pytest.raises(ValueError, match=r"another --llr-.* than the optimizer was built for"):
+        attach(model_chunks, optimizer, LLRConfig(**other), total_updates=100)

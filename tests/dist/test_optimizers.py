@@ -125,7 +125,8 @@ def test_matrices_that_cannot_be_stepped_apart_share_at_any_granularity(granular
     found: list[dict[str, float]] = []
     train(
         "--optimizer muon --muon-no-split-qkv --num-query-groups 1 --exit-interval 6",
-        f"--llr-granularity {granularity} --llr-policy blockwise --llr-interval 2 --llr-ramp-iters 0",
+        f"--llr-granularity {granularity} --llr-policy blockwise",
+        "--llr-interval 2 --llr-ramp-iters 0",
         on_update=lambda run, update, done: found.append(run.multipliers),
     )
     for fused in (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")):
@@ -146,6 +147,14 @@ def test_a_resume_may_turn_off_what_stepped_parts(shared_dir: object) -> None:
         # Two query groups for four heads.
         mean = (2 * values[q] + values[k] + values[v]) / 4
         assert [document[table][m] for m in (q, k, v)] == [pytest.approx(mean)] * 3
+
+
+@pytest.mark.world_size(2)
+def test_masters_dealt_to_one_replica_each_are_refused_by_name() -> None:
+    """The layer-wise optimizer: what another replica steps, this one cannot read."""
+    flags = "--optimizer muon --bf16 --use-distributed-optimizer --llr-spectrum-source master"
+    with pytest.raises(ValueError, match=r"--llr-spectrum-source master needs.*model"):
+        train(flags)
 
 
 @pytest.mark.world_size(1)
