@@ -78,8 +78,8 @@ def test_the_files_say_what_happened(shared_dir: Path) -> None:
 
 
 def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
-    flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --log-memory-to-tensorboard --llr-log-relative-update"
-    train(FLAGS, flags)
+    flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --llr-log-relative-update"
+    train(FLAGS, flags, "--log-memory-to-tensorboard")
 
     def check() -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
