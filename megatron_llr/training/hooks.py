@@ -89,8 +89,17 @@ def _observer(config: LLRConfig, log_interval: int) -> Observer:
         config,
         tensorboard=host.get_tensorboard_writer(),
         wandb=host.get_wandb_writer(),
+        wandb_step=_iteration_under_way,
         log_interval=log_interval,
     )
+
+
+def _iteration_under_way() -> int:
+    """The iteration that Megatron logs next; before the first, the one that was loaded, or 0."""
+    args = host.get_args()
+    # Set by the training loop at the start of an iteration, to the number of those before.
+    before = getattr(args, "curr_iteration", None)
+    return int(args.iteration if before is None else before + 1)
 
 
 @contextlib.contextmanager

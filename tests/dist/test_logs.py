@@ -11,7 +11,7 @@ import torch.distributed as dist
 from harness import Run, train
 from layouts import HERE
 
-from megatron_llr import controller
+from megatron_llr import controller, host
 from megatron_llr.engine import measure
 from megatron_llr.observe.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
 from megatron_llr.optim.layer_groups import LayerGroups
@@ -77,9 +77,30 @@ def test_the_files_say_what_happened(shared_dir: Path) -> None:
     on_all_ranks(check)
 
 
-def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
+class Rows:
+    """Stands for W&B: what it was given, and at which of its steps."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, int]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        assert name.startswith("llr/")
+
+    def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+        assert not commit
+        axes = {"llr/update", "llr/measured_before_update"} & set(values)
+        self.logged.append((step, int(values[axes.pop()])))
+
+
+def test_scalars_reach_tensorboard_and_wandb(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's at the iteration that Megatron logs next: at a later one it would drop Megatron's."""
+    wandb = Rows()
+    monkeypatch.setattr(host, "get_wandb_writer", lambda: wandb)
     flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --llr-log-relative-update"
     train(FLAGS, flags)
+    assert list(dict.fromkeys(wandb.logged)) == [(0, 1), (3, 4), (4, 4), (8, 8)]
 
     def check() -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
