@@ -154,11 +154,13 @@ class LayerwiseController:
             },
             lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
         )
+        if not resumed:
+            # Before the log is cut: a start that this refuses leaves it as it was.
+            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
         if self._document is None:
-            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
             self._measure()
         else:
             # The saved window holds; a longer --train-iters does not move it.

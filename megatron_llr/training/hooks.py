@@ -1,6 +1,7 @@
 """The one place that rebinds names in `megatron.training`: three seams, undone on exit."""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -84,6 +85,10 @@ class _Seams:
 
 
 def _observer(config: LLRConfig, log_interval: int) -> Observer:
+    if config.dry_run:
+        # It only prints: what an earlier run wrote to the same places stays.
+        silent = dataclasses.replace(config, log_dir=None)
+        return library.make_observer(silent, log_interval=log_interval)
     # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
     return library.make_observer(
         config,

@@ -136,7 +136,15 @@ def test_a_resumed_run_cuts_the_rows_that_it_writes_again(shared_dir: Path) -> N
             file.write("9,head,1.0")
 
     on_all_ranks(keep)
-    train(FLAGS, log, f"--load {shared_dir / 'ckpt'} --ckpt-step 3")
+    load = f"--load {shared_dir / 'ckpt'} --ckpt-step 3"
+    stood = {path: path.read_bytes() for path in (shared_dir / "log").iterdir()}
+    with pytest.raises(SystemExit):
+        train(FLAGS, log, load, f"--llr-dry-run --tensorboard-dir {shared_dir / 'tb'}")
+    with pytest.raises(ValueError, match="leaves no update to measure before"):
+        train(FLAGS, log, load, "--llr-reset-state --llr-active-iters 3")
+    assert {path: path.read_bytes() for path in (shared_dir / "log").iterdir()} == stood
+    dist.barrier()
+    train(FLAGS, log, load)
 
     def check() -> None:
         for name, kept in before.items():
