@@ -89,7 +89,8 @@ class LayerwiseController:
     def role_summary(self) -> str:
         """A table per role: mean exponent, range of multipliers."""
         counts = Counter(role_of(matrix) for matrix in self.directory)
-        return role_table(counts, by_role(self._alphas), by_role(self.multipliers))
+        alphas, factors = by_role(self._alphas), by_role(self.multipliers)
+        return role_table(counts, alphas, factors, self.config.estimator)
 
     def describe(self) -> str:
         """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as

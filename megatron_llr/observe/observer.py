@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from megatron_llr.config import ESTIMATORS
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.summary import Spread, by_block_and_role, by_role, spread_of
 from megatron_llr.records import Directory, SpectrumTable, block_key, expert_of, role_of
@@ -137,8 +138,9 @@ class Observer:
             )
         if self.reads_spectra:
             self._guarded(lambda csv_log: csv_log.write_spectra(spectra))
-        alphas = {matrix: record.alpha_hill_median for matrix, record in table.items()}
-        self._scalars("llr/alpha_hill_median", alphas, iteration, _MEASURED)
+        for estimator in ESTIMATORS:
+            alphas = {matrix: record.alpha(estimator) for matrix, record in table.items()}
+            self._scalars(f"llr/alpha_{estimator}", alphas, iteration, _MEASURED)
         self._scalars("llr/target_multiplier", targets, iteration, _MEASURED)
 
     def stepped(self, iteration: int, rates: Mapping[str, MatrixRates]) -> None:
@@ -148,8 +150,7 @@ class Observer:
             self._guarded(lambda csv_log: csv_log.write_rates(iteration, rows))
         for name in MatrixRates._fields:
             values = {matrix: getattr(found, name) for matrix, found in rates.items()}
-            known = {matrix: value for matrix, value in values.items() if value is not None}
-            self._scalars(f"llr/{name}", known, iteration, _UPDATE)
+            self._scalars(f"llr/{name}", values, iteration, _UPDATE)
 
     def _guarded(self, write: Callable[[CsvLog], None]) -> None:
         """A log that cannot be written is no reason to lose a training run."""
@@ -165,8 +166,11 @@ class Observer:
         except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
             logger.warning("megatron_llr: %s not written: %s", what, broken)
 
-    def _scalars(self, tag: str, values: Mapping[str, float], iteration: int, axis: str) -> None:
-        if self._tensorboard is None and self._wandb is None:
+    def _scalars(
+        self, tag: str, found: Mapping[str, float | None], iteration: int, axis: str
+    ) -> None:
+        values = {matrix: value for matrix, value in found.items() if value is not None}
+        if not values or (self._tensorboard is None and self._wandb is None):
             return
         scalars = (
             self._by_block(tag, values)

@@ -212,12 +212,15 @@ def test_without_a_log_nothing_is_gathered_for_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_uniform_measures_like_the_others(shared_dir: Path) -> None:
-    run = train(FLAGS, f"--llr-policy uniform --llr-log-dir {shared_dir}")
+    run = train(FLAGS, f"--llr-policy uniform --llr-estimator ks --llr-log-dir {shared_dir}")
     assert len(run.alphas) == 28
+    assert "mean alpha_ks" in run.controller.role_summary()
 
     def check() -> None:
         measured = rows(shared_dir / "measurements.csv")
         assert {row["target_multiplier"] for row in measured} == {"1.0"}
         assert all(math.isfinite(float(r["alpha_hat"])) for r in measured if r["block"])
+        last = {row["matrix"]: row for row in measured}
+        assert float(last["block.2.mlp.up"]["alpha_ks"]) == run.alphas["block.2.mlp.up"]
 
     on_all_ranks(check)

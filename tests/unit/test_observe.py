@@ -8,7 +8,12 @@ import torch
 
 from megatron_llr.observe import plots
 from megatron_llr.observe.csv_log import CsvLog, files_of
-from megatron_llr.observe.log_rows import RATE_FIELDS, ROLE_MEASUREMENT_FIELDS, ROLE_RATE_FIELDS
+from megatron_llr.observe.log_rows import (
+    MEASUREMENT_FIELDS,
+    RATE_FIELDS,
+    ROLE_MEASUREMENT_FIELDS,
+    ROLE_RATE_FIELDS,
+)
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.read_logs import last_measurement, last_role_table, read_rows
 from megatron_llr.observe.summary import block_table, by_role, role_table
@@ -177,11 +182,37 @@ def test_the_figure_of_relative_updates_is_drawn_where_there_are_any(tmp_path: P
     assert not plots.relative_update_lines(tmp_path / "old", png)
 
 
+@pytest.mark.parametrize("by_role", [False, True])
+def test_the_exponents_that_set_the_multipliers_are_logged(by_role: bool, tmp_path: Path) -> None:
+    """Beside alpha_hill_median, also in a log from before they were; nothing of those not asked."""
+    csv_log, recorder = CsvLog(tmp_path, by_role=by_role), Recorder()
+    path = files_of(tmp_path, by_role=by_role)[0].path
+    names = ROLE_MEASUREMENT_FIELDS if by_role else MEASUREMENT_FIELDS
+    old = [name for name in names if not name.startswith(("alpha_ks", "alpha_fix_finger"))]
+    path.write_text(f"{','.join(old)}\n1{',' * (len(old) - 1)}\n")
+    observer = Observer(say=print, csv_log=csv_log, tensorboard=recorder, by_role=by_role)
+    observer.open(measured_up_to=1, rates_up_to=1)
+    values = torch.rand(64, generator=torch.Generator().manual_seed(1)).double().sort().values
+    record = record_from_eigenvalues(values, estimators=("ks",), method="gram64")
+    observer.measured(2, {MATRIX: record}, {MATRIX: 1.0}, DIRECTORY, {MATRIX: values})
+    assert recorder.scalars["llr/alpha_ks/up/block_002"] == record.alpha_ks
+    assert recorder.scalars["llr/alpha_ks-by-role/up/mean"] == record.alpha_ks
+    assert recorder.scalars["llr/alpha_hill_median/up/block_002"] == record.alpha_hill_median
+    assert not any("fix_finger" in tag for tag in recorder.scalars)
+    before, after = read_rows(path)
+    end = "_mean" if by_role else ""
+    assert (before["iteration"], before[f"alpha_ks{end}"]) == ("1", "")
+    assert float(after[f"alpha_ks{end}"]) == record.alpha_ks
+    assert after[f"alpha_fix_finger{end}"] == ""
+
+
 def test_the_role_table_shows_what_was_not_measured() -> None:
     alphas, factors = by_role({MATRIX: 2.5}), by_role({MATRIX: 1.5, "head": 5.0})
     table = role_table({"up": 1, "head": 1}, alphas, factors).splitlines()
     assert table[1].split() == ["up", "1", "2.500", "1.500", "to", "1.500"]
     assert table[2].split() == ["head", "1", "-", "5.000", "to", "5.000"]
+    assert table[0].split() == ["role", "matrices", "mean", "alpha_hill_median", "multiplier"]
+    assert "  mean alpha_ks  " in role_table({"up": 1, "head": 1}, alphas, factors, "ks")
 
 
 EXPERTS = [f"block.2.mlp.expert.{number}.up" for number in range(3)]
