@@ -89,7 +89,8 @@ class LayerwiseController:
     def role_summary(self) -> str:
         """A table per role: mean exponent, range of multipliers."""
         counts = Counter(role_of(matrix) for matrix in self.directory)
-        return role_table(counts, by_role(self._alphas), by_role(self.multipliers))
+        alphas, factors = by_role(self._alphas), by_role(self.multipliers)
+        return role_table(counts, alphas, factors, self.config.estimator)
 
     def describe(self) -> str:
         """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as
@@ -154,11 +155,13 @@ class LayerwiseController:
             },
             lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
         )
+        if not resumed:
+            # Before the log is cut: a start that this refuses leaves it as it was.
+            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
         if self._document is None:
-            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
             self._measure()
         else:
             # The saved window holds; a longer --train-iters does not move it.

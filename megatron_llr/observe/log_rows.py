@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from megatron_llr.config import ESTIMATORS
 from megatron_llr.observe.summary import Spread, block_label, by_block_and_role, spread_of
 from megatron_llr.records import Directory, SpectrumTable, block_of, expert_of, role_of
 
+_EXPONENTS = tuple(f"alpha_{estimator}" for estimator in ESTIMATORS)
 MEASUREMENT_FIELDS = (
     "iteration",
     "matrix",
@@ -14,7 +16,7 @@ MEASUREMENT_FIELDS = (
     "expert",
     "rows",
     "cols",
-    "alpha_hill_median",
+    *_EXPONENTS,
     "alpha_hat",
     "spectral_norm",
     "frobenius_norm",
@@ -41,7 +43,7 @@ def _spread_fields(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{name}_{of}" for name in names for of in SPREAD)
 
 
-ROLE_MEASUREMENT_FIELDS = (*_GROUP, *_spread_fields(("alpha_hill_median", "target_multiplier")))
+ROLE_MEASUREMENT_FIELDS = (*_GROUP, *_spread_fields((*_EXPONENTS, "target_multiplier")))
 ROLE_RATE_FIELDS = (*_GROUP, *_spread_fields(RATE_FIELDS[2:]))
 
 Row = dict[str, Any]
@@ -52,7 +54,9 @@ Rates = tuple[str, float, float, float, float | None]
 def measurement_rows(
     iteration: int, table: SpectrumTable, targets: Mapping[str, float], directory: Directory
 ) -> Iterator[Row]:
-    """One row per logical matrix; spectral columns are empty where it was not measured."""
+    """One row per logical matrix; spectral columns are empty where it was not measured, those of
+    exponents that `--llr-estimator` did not ask for throughout.
+    """
     for matrix, info in directory.items():
         row: Row = {
             "iteration": iteration,
@@ -84,14 +88,14 @@ def rate_rows(iteration: int, rates: Iterable[Rates]) -> Iterator[Row]:
 def role_measurement_rows(
     iteration: int, table: SpectrumTable, targets: Mapping[str, float], directory: Directory
 ) -> Iterator[Row]:
-    """One row per block and role; the exponent's columns are empty where none was measured."""
+    """One row per block and role; an exponent's columns are empty where none was measured."""
     for matrices in by_block_and_role(directory).values():
-        exponents = [table[m].alpha_hill_median for m in matrices if m in table]
-        yield {
-            **_group(iteration, matrices),
-            **_columns("alpha_hill_median", spread_of(exponents)),
-            **_columns("target_multiplier", spread_of(targets[m] for m in matrices)),
-        }
+        row = _group(iteration, matrices)
+        for name in _EXPONENTS:
+            exponents = (getattr(table[m], name) for m in matrices if m in table)
+            row.update(_columns(name, spread_of(exponents)))
+        row.update(_columns("target_multiplier", spread_of(targets[m] for m in matrices)))
+        yield row
 
 
 def role_rate_rows(iteration: int, rates: Iterable[Rates]) -> Iterator[Row]:

@@ -4,11 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from megatron_llr.config import ESTIMATORS
 from megatron_llr.observe.csv_log import CsvLog
 from megatron_llr.observe.summary import Spread, by_block_and_role, by_role, spread_of
 from megatron_llr.records import Directory, SpectrumTable, block_key, expert_of, role_of
 
 logger = logging.getLogger(__name__)
+
+# What W&B draws our curves over. Its own step is the host's iteration, which skipped updates leave
+# behind; and one iteration may hold the rates of an update and the measurement before the next.
+_UPDATE, _MEASURED = "llr/update", "llr/measured_before_update"
 
 
 class MatrixRates(NamedTuple):
@@ -64,6 +69,8 @@ class Observer:
         csv_log: the CSV files, on the rank that writes them.
         tensorboard: the host's writer, on the rank that has one.
         wandb: the host's Weights & Biases module or run, on the rank that has one.
+        wandb_step: step of the row that the host is about to log there. Without it values join the
+            row of the host's next call of `log`.
         log_interval: updates from one row of learning rates to the next.
         by_role: scalars per block and role, as the CSV files have it where they do.
     """
@@ -75,6 +82,7 @@ class Observer:
         csv_log: CsvLog | None = None,
         tensorboard: ScalarWriter | None = None,
         wandb: Any = None,
+        wandb_step: Callable[[], int] | None = None,
         log_interval: int = 100,
         by_role: bool = False,
     ) -> None:
@@ -84,6 +92,7 @@ class Observer:
         self._csv = csv_log
         self._tensorboard = tensorboard
         self._wandb = wandb
+        self._wandb_step = wandb_step
 
     @property
     def writes(self) -> bool:
@@ -103,6 +112,16 @@ class Observer:
         """
         if self._csv is not None:
             self._csv.open(measured_up_to=measured_up_to, rates_up_to=rates_up_to)
+        if self._wandb is not None:
+            self._to_host("the axes of W&B's curves", self._define_axes)
+
+    def _define_axes(self) -> None:
+        axes = {f"llr/{name}*": _UPDATE for name in MatrixRates._fields}
+        axes |= dict.fromkeys(("llr/alpha*", "llr/target_multiplier*"), _MEASURED)
+        for axis in (_UPDATE, _MEASURED):
+            self._wandb.define_metric(axis)
+        for curves, axis in axes.items():
+            self._wandb.define_metric(curves, step_metric=axis)
 
     def measured(
         self,
@@ -119,9 +138,10 @@ class Observer:
             )
         if self.reads_spectra:
             self._guarded(lambda csv_log: csv_log.write_spectra(spectra))
-        alphas = {matrix: record.alpha_hill_median for matrix, record in table.items()}
-        self._scalars("llr/alpha_hill_median", alphas, iteration)
-        self._scalars("llr/target_multiplier", targets, iteration)
+        for estimator in ESTIMATORS:
+            alphas = {matrix: record.alpha(estimator) for matrix, record in table.items()}
+            self._scalars(f"llr/alpha_{estimator}", alphas, iteration, _MEASURED)
+        self._scalars("llr/target_multiplier", targets, iteration, _MEASURED)
 
     def stepped(self, iteration: int, rates: Mapping[str, MatrixRates]) -> None:
         """Record the learning rates that update `iteration` used, and how far it went."""
@@ -130,8 +150,7 @@ class Observer:
             self._guarded(lambda csv_log: csv_log.write_rates(iteration, rows))
         for name in MatrixRates._fields:
             values = {matrix: getattr(found, name) for matrix, found in rates.items()}
-            known = {matrix: value for matrix, value in values.items() if value is not None}
-            self._scalars(f"llr/{name}", known, iteration)
+            self._scalars(f"llr/{name}", values, iteration, _UPDATE)
 
     def _guarded(self, write: Callable[[CsvLog], None]) -> None:
         """A log that cannot be written is no reason to lose a training run."""
@@ -141,8 +160,17 @@ class Observer:
         except OSError as broken:
             logger.warning("megatron_llr: %s not written: %s", self._csv.folder, broken)
 
-    def _scalars(self, tag: str, values: Mapping[str, float], iteration: int) -> None:
-        if self._tensorboard is None and self._wandb is None:
+    def _to_host(self, what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
+            logger.warning("megatron_llr: %s not written: %s", what, broken)
+
+    def _scalars(
+        self, tag: str, found: Mapping[str, float | None], iteration: int, axis: str
+    ) -> None:
+        values = {matrix: value for matrix, value in found.items() if value is not None}
+        if not values or (self._tensorboard is None and self._wandb is None):
             return
         scalars = (
             self._by_block(tag, values)
@@ -151,14 +179,18 @@ class Observer:
         )
         for role, spread in by_role(values).items():
             scalars.update(_named(f"{tag}-by-role/{role}", spread))
-        try:
+
+        def write() -> None:
             if self._tensorboard is not None:
                 for name, value in scalars.items():
                     self._tensorboard.add_scalar(name, value, iteration)
             if self._wandb is not None:
-                self._wandb.log(scalars, iteration)
-        except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
-            logger.warning("megatron_llr: %s not written: %s", tag, broken)
+                # A step ahead of the host's, or a row closed here, and W&B drops what the host logs
+                # next; a step behind it, and W&B drops ours.
+                step = self._wandb_step() if self._wandb_step else None
+                self._wandb.log({**scalars, axis: iteration}, step=step, commit=False)
+
+        self._to_host(tag, write)
 
     @staticmethod
     def _by_block(tag: str, values: Mapping[str, float]) -> dict[str, float]:

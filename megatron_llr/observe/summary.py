@@ -59,9 +59,12 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def role_table(
-    counts: Mapping[str, int], exponents: Mapping[str, Spread], multipliers: Mapping[str, Spread]
+    counts: Mapping[str, int],
+    exponents: Mapping[str, Spread],
+    multipliers: Mapping[str, Spread],
+    estimator: str = "hill_median",
 ) -> str:
-    """Per role: number of matrices, mean alpha_hill_median, range of multipliers."""
+    """Per role: number of matrices, mean of the exponents of an estimator, range of multipliers."""
     rows = [
         (
             role,
@@ -71,7 +74,7 @@ def role_table(
         )
         for role, factor in multipliers.items()
     ]
-    return text_table(("role", "matrices", "mean alpha_hill_median", "multiplier"), rows)
+    return text_table(("role", "matrices", f"mean alpha_{estimator}", "multiplier"), rows)
 
 
 def matrix_table(

@@ -1,6 +1,7 @@
 """The one place that rebinds names in `megatron.training`: three seams, undone on exit."""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -84,13 +85,26 @@ class _Seams:
 
 
 def _observer(config: LLRConfig, log_interval: int) -> Observer:
+    if config.dry_run:
+        # It only prints: what an earlier run wrote to the same places stays.
+        silent = dataclasses.replace(config, log_dir=None)
+        return library.make_observer(silent, log_interval=log_interval)
     # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
     return library.make_observer(
         config,
         tensorboard=host.get_tensorboard_writer(),
         wandb=host.get_wandb_writer(),
+        wandb_step=_iteration_under_way,
         log_interval=log_interval,
     )
+
+
+def _iteration_under_way() -> int:
+    """The iteration that Megatron logs next; before the first, the one that was loaded, or 0."""
+    args = host.get_args()
+    # Set by the training loop at the start of an iteration, to the number of those before.
+    before = getattr(args, "curr_iteration", None)
+    return int(args.iteration if before is None else before + 1)
 
 
 @contextlib.contextmanager

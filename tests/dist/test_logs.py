@@ -11,7 +11,7 @@ import torch.distributed as dist
 from harness import Run, train
 from layouts import HERE
 
-from megatron_llr import controller
+from megatron_llr import controller, host
 from megatron_llr.engine import measure
 from megatron_llr.observe.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
 from megatron_llr.optim.layer_groups import LayerGroups
@@ -77,9 +77,30 @@ def test_the_files_say_what_happened(shared_dir: Path) -> None:
     on_all_ranks(check)
 
 
-def test_scalars_reach_tensorboard(shared_dir: Path) -> None:
+class Rows:
+    """Stands for W&B: what it was given, and at which of its steps."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, int]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        assert name.startswith("llr/")
+
+    def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+        assert not commit
+        axes = {"llr/update", "llr/measured_before_update"} & set(values)
+        self.logged.append((step, int(values[axes.pop()])))
+
+
+def test_scalars_reach_tensorboard_and_wandb(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's at the iteration that Megatron logs next: at a later one it would drop Megatron's."""
+    wandb = Rows()
+    monkeypatch.setattr(host, "get_wandb_writer", lambda: wandb)
     flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --llr-log-relative-update"
     train(FLAGS, flags, "--log-memory-to-tensorboard")
+    assert list(dict.fromkeys(wandb.logged)) == [(0, 1), (3, 4), (4, 4), (8, 8)]
 
     def check() -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -115,7 +136,15 @@ def test_a_resumed_run_cuts_the_rows_that_it_writes_again(shared_dir: Path) -> N
             file.write("9,head,1.0")
 
     on_all_ranks(keep)
-    train(FLAGS, log, f"--load {shared_dir / 'ckpt'} --ckpt-step 3")
+    load = f"--load {shared_dir / 'ckpt'} --ckpt-step 3"
+    stood = {path: path.read_bytes() for path in (shared_dir / "log").iterdir()}
+    with pytest.raises(SystemExit):
+        train(FLAGS, log, load, f"--llr-dry-run --tensorboard-dir {shared_dir / 'tb'}")
+    with pytest.raises(ValueError, match="leaves no update to measure before"):
+        train(FLAGS, log, load, "--llr-reset-state --llr-active-iters 3")
+    assert {path: path.read_bytes() for path in (shared_dir / "log").iterdir()} == stood
+    dist.barrier()
+    train(FLAGS, log, load)
 
     def check() -> None:
         for name, kept in before.items():
@@ -183,12 +212,15 @@ def test_without_a_log_nothing_is_gathered_for_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_uniform_measures_like_the_others(shared_dir: Path) -> None:
-    run = train(FLAGS, f"--llr-policy uniform --llr-log-dir {shared_dir}")
+    run = train(FLAGS, f"--llr-policy uniform --llr-estimator ks --llr-log-dir {shared_dir}")
     assert len(run.alphas) == 28
+    assert "mean alpha_ks" in run.controller.role_summary()
 
     def check() -> None:
         measured = rows(shared_dir / "measurements.csv")
         assert {row["target_multiplier"] for row in measured} == {"1.0"}
         assert all(math.isfinite(float(r["alpha_hat"])) for r in measured if r["block"])
+        last = {row["matrix"]: row for row in measured}
+        assert float(last["block.2.mlp.up"]["alpha_ks"]) == run.alphas["block.2.mlp.up"]
 
     on_all_ranks(check)

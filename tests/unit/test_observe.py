@@ -8,7 +8,12 @@ import torch
 
 from megatron_llr.observe import plots
 from megatron_llr.observe.csv_log import CsvLog, files_of
-from megatron_llr.observe.log_rows import RATE_FIELDS, ROLE_MEASUREMENT_FIELDS, ROLE_RATE_FIELDS
+from megatron_llr.observe.log_rows import (
+    MEASUREMENT_FIELDS,
+    RATE_FIELDS,
+    ROLE_MEASUREMENT_FIELDS,
+    ROLE_RATE_FIELDS,
+)
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.read_logs import last_measurement, last_role_table, read_rows
 from megatron_llr.observe.summary import block_table, by_role, role_table
@@ -20,17 +25,35 @@ DIRECTORY = {MATRIX: MatrixInfo(MATRIX, "block.2.mlp.fc1", 64, 64, ((0,),), Fals
 
 
 class Recorder:
-    """Stands for the host's writers, which have these methods."""
+    """Stands for the host's writers, which have these methods; W&B's rules for steps hold.
+
+    Attributes:
+        rows: by step what W&B has, the last of them open; a step below it is dropped.
+    """
 
     def __init__(self) -> None:
         self.scalars: dict[str, float] = {}
-        self.logged: list[tuple[dict[str, float], int]] = []
+        self.rows: dict[int, dict[str, float]] = {0: {}}
+        self.dropped: list[str] = []
+        self.axes: dict[str, str | None] = {}
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self.scalars[tag] = value
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((values, step))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(
+        self, values: dict[str, float], step: int | None = None, commit: bool | None = None
+    ) -> None:
+        now = max(self.rows)
+        if step is not None and step < now:
+            self.dropped += values
+            return
+        stepped, step = step is not None, now if step is None else step
+        self.rows.setdefault(step, {}).update(values)
+        if commit or (commit is None and not stepped):
+            self.rows[step + 1] = {}
 
 
 def test_tensorboard_and_wandb_get_the_same_scalars() -> None:
@@ -44,11 +67,39 @@ def test_tensorboard_and_wandb_get_the_same_scalars() -> None:
     assert tensorboard.scalars["llr/relative_update/up/block_002"] == 3e-3
     assert tensorboard.scalars["llr/relative_update-by-role/up/mean"] == 3e-3
     assert "llr/relative_update/head" not in tensorboard.scalars
-    logged: dict[str, float] = {}
-    for values, step in wandb.logged:
-        assert step == 7
-        logged.update(values)
-    assert logged == tensorboard.scalars
+    # They join the row that the host has open, and leave it open.
+    assert wandb.rows == {0: {**tensorboard.scalars, "llr/update": 7}}
+
+
+def test_wandb_drops_neither_the_hosts_values_nor_ours() -> None:
+    """The host logs at its iterations, after ours; updates that were skipped do not count here."""
+    wandb = Recorder()
+    under_way = 0
+    observer = Observer(say=print, wandb=wandb, wandb_step=lambda: under_way)
+    observer.open(measured_up_to=0, rates_up_to=0)
+    observer.measured(1, {}, {MATRIX: 1.0}, DIRECTORY, {})
+    update = 0
+    for under_way in range(1, 7):
+        if under_way > 2:
+            update += 1
+            observer.stepped(update, {MATRIX: MatrixRates(float(update), 1.0, 1.0)})
+            if update % 2:
+                observer.measured(update + 1, {}, {MATRIX: 10.0 + update}, DIRECTORY, {})
+        wandb.log({"lm loss": 9.0}, under_way)
+    assert wandb.dropped == []
+    assert [row.get("lm loss") for row in wandb.rows.values()] == [None] + [9.0] * 6
+    for values, axis, expected in (
+        ("llr/multiplier/up/block_002", "llr/update", [(3, 1, 1), (4, 2, 2), (5, 3, 3), (6, 4, 4)]),
+        (
+            "llr/target_multiplier/up/block_002",
+            "llr/measured_before_update",
+            [(0, 1, 1), (3, 2, 11), (5, 4, 13)],
+        ),
+    ):
+        found = [(at, row[axis], row[values]) for at, row in wandb.rows.items() if values in row]
+        assert found == expected
+        pattern = next(name for name in wandb.axes if values.startswith(name.rstrip("*")))
+        assert wandb.axes[pattern] == axis
 
 
 def test_a_log_that_cannot_be_written_is_a_warning_not_the_end(tmp_path: Path, caplog: Any) -> None:
@@ -67,12 +118,19 @@ def test_a_writer_of_the_host_that_breaks_is_a_warning_not_the_end(caplog: Any) 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             raise OSError("no space left on device")
 
-        def log(self, values: dict[str, float], step: int) -> None:
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            raise RuntimeError("run is gone")
+
+        def log(
+            self, values: dict[str, float], step: int | None = None, commit: bool | None = None
+        ) -> None:
             raise RuntimeError("run is gone")
 
     rates = {MATRIX: MatrixRates(1.0, 1.0, 1.0)}
     Observer(say=print, tensorboard=Broken()).stepped(1, rates)
-    Observer(say=print, wandb=Broken()).stepped(1, rates)
+    observer = Observer(say=print, wandb=Broken())
+    observer.open(measured_up_to=0, rates_up_to=0)
+    observer.stepped(1, rates)
     assert "llr/multiplier not written: no space left on device" in caplog.text
     assert "llr/learning_rate not written: run is gone" in caplog.text
 
@@ -124,11 +182,37 @@ def test_the_figure_of_relative_updates_is_drawn_where_there_are_any(tmp_path: P
     assert not plots.relative_update_lines(tmp_path / "old", png)
 
 
+@pytest.mark.parametrize("by_role", [False, True])
+def test_the_exponents_that_set_the_multipliers_are_logged(by_role: bool, tmp_path: Path) -> None:
+    """Beside alpha_hill_median, also in a log from before they were; nothing of those not asked."""
+    csv_log, recorder = CsvLog(tmp_path, by_role=by_role), Recorder()
+    path = files_of(tmp_path, by_role=by_role)[0].path
+    names = ROLE_MEASUREMENT_FIELDS if by_role else MEASUREMENT_FIELDS
+    old = [name for name in names if not name.startswith(("alpha_ks", "alpha_fix_finger"))]
+    path.write_text(f"{','.join(old)}\n1{',' * (len(old) - 1)}\n")
+    observer = Observer(say=print, csv_log=csv_log, tensorboard=recorder, by_role=by_role)
+    observer.open(measured_up_to=1, rates_up_to=1)
+    values = torch.rand(64, generator=torch.Generator().manual_seed(1)).double().sort().values
+    record = record_from_eigenvalues(values, estimators=("ks",), method="gram64")
+    observer.measured(2, {MATRIX: record}, {MATRIX: 1.0}, DIRECTORY, {MATRIX: values})
+    assert recorder.scalars["llr/alpha_ks/up/block_002"] == record.alpha_ks
+    assert recorder.scalars["llr/alpha_ks-by-role/up/mean"] == record.alpha_ks
+    assert recorder.scalars["llr/alpha_hill_median/up/block_002"] == record.alpha_hill_median
+    assert not any("fix_finger" in tag for tag in recorder.scalars)
+    before, after = read_rows(path)
+    end = "_mean" if by_role else ""
+    assert (before["iteration"], before[f"alpha_ks{end}"]) == ("1", "")
+    assert float(after[f"alpha_ks{end}"]) == record.alpha_ks
+    assert after[f"alpha_fix_finger{end}"] == ""
+
+
 def test_the_role_table_shows_what_was_not_measured() -> None:
     alphas, factors = by_role({MATRIX: 2.5}), by_role({MATRIX: 1.5, "head": 5.0})
     table = role_table({"up": 1, "head": 1}, alphas, factors).splitlines()
     assert table[1].split() == ["up", "1", "2.500", "1.500", "to", "1.500"]
     assert table[2].split() == ["head", "1", "-", "5.000", "to", "5.000"]
+    assert table[0].split() == ["role", "matrices", "mean", "alpha_hill_median", "multiplier"]
+    assert "  mean alpha_ks  " in role_table({"up": 1, "head": 1}, alphas, factors, "ks")
 
 
 EXPERTS = [f"block.2.mlp.expert.{number}.up" for number in range(3)]
