@@ -44,7 +44,9 @@ def _predicts_ahead_here(vp_stage: int | None) -> bool:
     return here
 
 
-def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
+def _next_batch(
+    data_iterator: Iterator[Any] | None, vp_stage: int | None, micro_batch_size: int
+) -> Batch:
     """The batch of this microbatch on this rank; tensors of shape [micro batch, sequence].
 
     Under context parallelism [micro batch, sequence / ranks]: an early and a late piece for each
@@ -70,7 +72,7 @@ def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Ba
         broadcast_group=host.mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=host.mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=_predicts_ahead_here(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -121,9 +123,10 @@ def forward_step(
         Token losses of shape [micro batch, sequence] on the last stage, else hidden states, and
         the function that turns them into (sum of losses, number of tokens, log report).
     """
-    timers = host.get_timers()
+    args, timers = host.get_args(), host.get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"))
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(

@@ -84,3 +84,22 @@ def test_every_evaluation_is_on_the_same_tokens_whatever_the_seed(
         assert len(set(seen)) == 6
         by_seed.append(list(seen))
     assert by_seed[0] == by_seed[1]
+
+
+@pytest.mark.world_size(1, 2)
+def test_evaluations_have_a_micro_batch_size_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[bool, set[torch.Size]] = {True: set(), False: set()}
+    inner = gpt._next_batch
+
+    def recorded(*args: Any) -> gpt.Batch:
+        batch = inner(*args)
+        assert batch["tokens"] is not None
+        taken[torch.is_grad_enabled()].add(batch["tokens"].shape)
+        return batch
+
+    monkeypatch.setattr(gpt, "_next_batch", recorded)
+    train(
+        f"--tensor-model-parallel-size {dist.get_world_size()} --eval-micro-batch-size 2",
+        "--eval-iters 2 --eval-interval 4",
+    )
+    assert taken == {True: {(1, 16)}, False: {(2, 16)}}
