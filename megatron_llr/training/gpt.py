@@ -5,6 +5,7 @@ such a script that every job needs, of GPTModel and HybridModel alike. Its meani
 Megatron-LM's own entry points.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -159,12 +160,14 @@ def datasets_provider(
     if not args.llr_fixed_validation:
         train, valid, test = _build(train_valid_test_num_samples, args.seed, reads_here)
         return train, valid, test
-    train_samples, valid_samples, test_samples = train_valid_test_num_samples
+    train_samples, _, test_samples = train_valid_test_num_samples
     once = args.eval_iters * args.eval_global_batch_size
     train, _, test = _build([train_samples, once, test_samples], args.seed, reads_here)
+    if once == 0:
+        return train, None, test
     # One training sample: the builder has no way to leave a split out.
     _, valid, _ = _build([1, once, 0], _VALIDATION_SEED, reads_here)
-    return train, None if valid is None else RepeatedDataset(valid, once, valid_samples), test
+    return train, None if valid is None else RepeatedDataset(valid, once), test
 
 
 def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) -> list[Any]:
@@ -202,14 +205,18 @@ class RepeatedDataset(torch.utils.data.Dataset[Any]):
     Args:
         dataset: at least `period` samples.
         period: samples of one evaluation.
-        length: samples of all evaluations of the run.
     """
 
-    def __init__(self, dataset: Any, period: int, length: int) -> None:
-        self._dataset, self._period, self._length = dataset, period, length
+    # By this Megatron's loader knows whose batch sizes to take.
+    index_split = host.datasets_utils.Split.valid
+
+    def __init__(self, dataset: Any, period: int) -> None:
+        self._dataset, self._period = dataset, period
 
     def __len__(self) -> int:
-        return self._length
+        # Without end: a resumed run begins after all samples that it evaluated on before, which
+        # may be more than its own --eval-interval and --eval-iters come to.
+        return sys.maxsize
 
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index % self._period]
