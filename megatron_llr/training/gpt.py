@@ -5,6 +5,7 @@ such a script that every job needs, of GPTModel and HybridModel alike. Its meani
 Megatron-LM's own entry points.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,12 +15,18 @@ from typing import Any, cast
 import torch
 
 from megatron_llr import host
+from megatron_llr.errors import user_error
+from megatron_llr.ranks import together
 
 Batch = dict[str, torch.Tensor | None]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 # Order of the samples of --llr-fixed-validation, whatever --seed: any constant does.
 _VALIDATION_SEED = 1234
+
+# A loss that is so many times the largest of the first hundred is spiky, as in Megatron-LM's own
+# entry points.
+_SPIKY_LOSS_FACTOR = 10
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -95,8 +102,8 @@ def _masked_loss(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    if host.get_args().check_for_nan_in_loss_and_grad:
-        rerun = host.get_rerun_state_machine()
+    args, rerun = host.get_args(), host.get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
         for name, reject in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             rerun.validate_result(
                 result=loss,
@@ -105,6 +112,16 @@ def _masked_loss(
                 tolerance=0.0,
                 fatal=True,
             )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(
+                rerun.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1).to(loss.dtype)])}
     return loss, num_tokens, report
 
@@ -192,11 +209,34 @@ def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) ->
         create_attention_mask=args.create_attention_mask_in_dataloader,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=together(
+            partial(_sequences_per_dataset, args.per_dataset_sequences_path)
+        ),
     )
     dataset_class = host.MockGPTDataset if args.mock_data else host.GPTDataset
     builder = host.BlendedMegatronDatasetBuilder(dataset_class, num_samples, reads_here, config)
     built: list[Any] = builder.build()
     return built
+
+
+def _sequences_per_dataset(path: str | None) -> dict[str, list[int]] | None:
+    """What --per-dataset-sequences-path holds: data path -> numbers of sequences and documents."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            found: dict[str, list[int]] = json.load(file)
+    except (OSError, ValueError) as broken:
+        raise user_error(
+            f"bad --per-dataset-sequences-path {path}",
+            got=f"{type(broken).__name__}: {broken}",
+            allowed="a JSON object of data paths, each with numbers of sequences and documents",
+            remedy="mend the file, or leave the flag out: the .idx files say the same",
+        ) from broken
+    return found
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Any]):
