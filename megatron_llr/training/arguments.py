@@ -106,6 +106,8 @@ _EMERGING = ("muon", "soap", "lion")
 _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("full_validation", (False,), "--full-validation"),
     ("multiple_validation_sets", (False,), "--multiple-validation-sets"),
+    # Cyclic shuffles: other samples in every evaluation.
+    ("dataloader_type", ("single",), "--dataloader-type"),
 )
 
 
@@ -131,14 +133,17 @@ def refuse_unsupported(args: Namespace) -> None:
     Raises:
         ValueError: naming the first flag that asks for it.
     """
-    more = _NOT_WITH_FIXED_VALIDATION if args.llr_fixed_validation else ()
-    for attribute, fine, flag in (*_UNSUPPORTED, *more):
+    fixed = _NOT_WITH_FIXED_VALIDATION if args.llr_fixed_validation else ()
+    for row in (*_UNSUPPORTED, *fixed):
+        attribute, fine, flag = row
         value = getattr(args, attribute, fine[0])
         if value not in fine:
             reason = f": {_REASONS[flag]}" if flag in _REASONS else ""
+            beside = " with --llr-fixed-validation" if row in fixed else ""
+            other = "leave --llr-fixed-validation out" if beside else "train without this extension"
             raise user_error(
-                f"{flag} is not supported yet{reason}",
+                f"{flag} is not supported yet{beside}{reason}",
                 got=f"{flag} {value}",
                 allowed=f"{flag} {' or '.join(str(choice) for choice in fine)}",
-                remedy=f"leave {flag} out, or train without this extension",
+                remedy=f"leave {flag} out, or {other}",
             )

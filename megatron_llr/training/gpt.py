@@ -5,6 +5,8 @@ such a script that every job needs, of GPTModel and HybridModel alike. Its meani
 Megatron-LM's own entry points.
 """
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -13,12 +15,18 @@ from typing import Any, cast
 import torch
 
 from megatron_llr import host
+from megatron_llr.errors import user_error
+from megatron_llr.ranks import together
 
 Batch = dict[str, torch.Tensor | None]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 # Order of the samples of --llr-fixed-validation, whatever --seed: any constant does.
 _VALIDATION_SEED = 1234
+
+# A loss that is so many times the largest of the first hundred is spiky, as in Megatron-LM's own
+# entry points.
+_SPIKY_LOSS_FACTOR = 10
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -44,7 +52,9 @@ def _predicts_ahead_here(vp_stage: int | None) -> bool:
     return here
 
 
-def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Batch:
+def _next_batch(
+    data_iterator: Iterator[Any] | None, vp_stage: int | None, micro_batch_size: int
+) -> Batch:
     """The batch of this microbatch on this rank; tensors of shape [micro batch, sequence].
 
     Under context parallelism [micro batch, sequence / ranks]: an early and a late piece for each
@@ -70,7 +80,7 @@ def _next_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> Ba
         broadcast_group=host.mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=host.mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=_predicts_ahead_here(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -92,8 +102,8 @@ def _masked_loss(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    if host.get_args().check_for_nan_in_loss_and_grad:
-        rerun = host.get_rerun_state_machine()
+    args, rerun = host.get_args(), host.get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
         for name, reject in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             rerun.validate_result(
                 result=loss,
@@ -102,6 +112,16 @@ def _masked_loss(
                 tolerance=0.0,
                 fatal=True,
             )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(
+                rerun.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1).to(loss.dtype)])}
     return loss, num_tokens, report
 
@@ -121,9 +141,10 @@ def forward_step(
         Token losses of shape [micro batch, sequence] on the last stage, else hidden states, and
         the function that turns them into (sum of losses, number of tokens, log report).
     """
-    timers = host.get_timers()
+    args, timers = host.get_args(), host.get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"))
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = _next_batch(data_iterator, host.get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
@@ -156,12 +177,14 @@ def datasets_provider(
     if not args.llr_fixed_validation:
         train, valid, test = _build(train_valid_test_num_samples, args.seed, reads_here)
         return train, valid, test
-    train_samples, valid_samples, test_samples = train_valid_test_num_samples
+    train_samples, _, test_samples = train_valid_test_num_samples
     once = args.eval_iters * args.eval_global_batch_size
     train, _, test = _build([train_samples, once, test_samples], args.seed, reads_here)
+    if once == 0:
+        return train, None, test
     # One training sample: the builder has no way to leave a split out.
     _, valid, _ = _build([1, once, 0], _VALIDATION_SEED, reads_here)
-    return train, None if valid is None else RepeatedDataset(valid, once, valid_samples), test
+    return train, None if valid is None else RepeatedDataset(valid, once), test
 
 
 def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) -> list[Any]:
@@ -186,11 +209,34 @@ def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) ->
         create_attention_mask=args.create_attention_mask_in_dataloader,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=together(
+            partial(_sequences_per_dataset, args.per_dataset_sequences_path)
+        ),
     )
     dataset_class = host.MockGPTDataset if args.mock_data else host.GPTDataset
     builder = host.BlendedMegatronDatasetBuilder(dataset_class, num_samples, reads_here, config)
     built: list[Any] = builder.build()
     return built
+
+
+def _sequences_per_dataset(path: str | None) -> dict[str, list[int]] | None:
+    """What --per-dataset-sequences-path holds: data path -> numbers of sequences and documents."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            found: dict[str, list[int]] = json.load(file)
+    except (OSError, ValueError) as broken:
+        raise user_error(
+            f"bad --per-dataset-sequences-path {path}",
+            got=f"{type(broken).__name__}: {broken}",
+            allowed="a JSON object of data paths, each with numbers of sequences and documents",
+            remedy="mend the file, or leave the flag out: the .idx files say the same",
+        ) from broken
+    return found
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Any]):
@@ -199,14 +245,18 @@ class RepeatedDataset(torch.utils.data.Dataset[Any]):
     Args:
         dataset: at least `period` samples.
         period: samples of one evaluation.
-        length: samples of all evaluations of the run.
     """
 
-    def __init__(self, dataset: Any, period: int, length: int) -> None:
-        self._dataset, self._period, self._length = dataset, period, length
+    # By this Megatron's loader knows whose batch sizes to take.
+    index_split = host.datasets_utils.Split.valid
+
+    def __init__(self, dataset: Any, period: int) -> None:
+        self._dataset, self._period = dataset, period
 
     def __len__(self) -> int:
-        return self._length
+        # Without end: a resumed run begins after all samples that it evaluated on before, which
+        # may be more than its own --eval-interval and --eval-iters come to.
+        return sys.maxsize
 
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index % self._period]

@@ -157,3 +157,14 @@ def test_what_is_refused_is_named_with_its_reason(
     refuse_unsupported(Namespace(llr_fixed_validation=False))
     with pytest.raises(ValueError, match=f"{flag} is not supported yet: .*{reason}"):
         refuse_unsupported(Namespace(llr_fixed_validation=False, **setting))
+
+
+def test_fixed_validation_takes_its_samples_in_order_of_one_set() -> None:
+    cyclic = {"dataloader_type": "cyclic"}
+    refuse_unsupported(Namespace(llr_fixed_validation=False, **cyclic))
+    refuse_unsupported(Namespace(llr_fixed_validation=True, dataloader_type="single"))
+    for setting in (cyclic, {"multiple_validation_sets": True}, {"full_validation": True}):
+        with pytest.raises(ValueError, match="leave --llr-fixed-validation out") as refused:
+            refuse_unsupported(Namespace(llr_fixed_validation=True, **setting))
+        flag = f"--{next(iter(setting)).replace('_', '-')}"
+        assert f"{flag} is not supported yet with --llr-fixed-validation" in str(refused.value)

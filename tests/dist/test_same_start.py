@@ -1,5 +1,6 @@
 """The same seed: the same initial weights and the same data, whatever the policy and the layout."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,19 +62,25 @@ def test_every_policy_begins_at_the_same_loss() -> None:
     assert losses[0][2] != losses[1][2]
 
 
-@pytest.mark.world_size(1)
-def test_every_evaluation_is_on_the_same_tokens_whatever_the_seed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[int, ...]] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Tokens of every sample that --llr-fixed-validation gives, as they are asked for."""
+    found: list[tuple[int, ...]] = []
     inner = gpt.RepeatedDataset.__getitem__
 
     def recorded(self: gpt.RepeatedDataset, index: int) -> Any:
         sample = inner(self, index)
-        seen.append(tuple(sample["tokens"].tolist()))
+        found.append(tuple(sample["tokens"].tolist()))
         return sample
 
     monkeypatch.setattr(gpt.RepeatedDataset, "__getitem__", recorded)
+    return found
+
+
+@pytest.mark.world_size(1)
+def test_every_evaluation_is_on_the_same_tokens_whatever_the_seed(
+    seen: list[tuple[int, ...]],
+) -> None:
     by_seed = []
     for seed in (1, 2):
         seen.clear()
@@ -84,3 +91,45 @@ def test_every_evaluation_is_on_the_same_tokens_whatever_the_seed(
         assert len(set(seen)) == 6
         by_seed.append(list(seen))
     assert by_seed[0] == by_seed[1]
+
+
+@pytest.mark.world_size(1)
+def test_a_resumed_run_may_evaluate_less_often_on_fewer_samples_or_not_at_all(
+    shared_dir: Path, seen: list[tuple[int, ...]]
+) -> None:
+    resume = f"--llr-fixed-validation --load {shared_dir}"
+    saving = f"--save {shared_dir} --save-interval 5 --exit-interval 5"
+    train("--llr-fixed-validation --eval-iters 3 --eval-interval 1", saving)
+    first = seen[:6]
+    seen.clear()
+    train(resume, "--eval-iters 3 --eval-interval 8")
+    assert seen == first * 2
+    seen.clear()
+    train(resume, "--eval-iters 2 --eval-interval 2")
+    assert len(seen) == 3 * 4
+    assert set(seen[:4]) == set(seen[4:8]) == set(seen[8:])
+    seen.clear()
+    train(resume, "--eval-iters 0")
+    assert not seen
+
+
+@pytest.mark.world_size(1, 2)
+@pytest.mark.parametrize("fixed", ["", "--llr-fixed-validation"])
+def test_evaluations_have_a_micro_batch_size_of_their_own(
+    fixed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[bool, set[torch.Size]] = {True: set(), False: set()}
+    inner = gpt._next_batch
+
+    def recorded(*args: Any) -> gpt.Batch:
+        batch = inner(*args)
+        assert batch["tokens"] is not None
+        taken[torch.is_grad_enabled()].add(batch["tokens"].shape)
+        return batch
+
+    monkeypatch.setattr(gpt, "_next_batch", recorded)
+    train(
+        f"--tensor-model-parallel-size {dist.get_world_size()} --eval-micro-batch-size 2",
+        f"--eval-iters 2 --eval-interval 4 {fixed}",
+    )
+    assert taken == {True: {(1, 16)}, False: {(2, 16)}}
