@@ -229,7 +229,8 @@ class LayerwiseController:
         measurement = self._engine.measure()
         alphas = self._exponents(measurement)
         targets = self._targets(alphas)
-        kept = [matrix for matrix in alphas if matrix not in targets]
+        # A policy may leave others out on purpose.
+        kept = [m for m, alpha in alphas.items() if m not in targets and not math.isfinite(alpha)]
         # What is too small to be measured is at 1, whatever it last shared with others.
         before = {m: v for m, v in self._schedule.targets.items() if self.directory[m].tunable}
         shared = share_multipliers(
