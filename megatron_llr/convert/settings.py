@@ -28,6 +28,10 @@ _MEGATRON_REQUIRED: Mapping[str, Any] = {
     "num_experts": None,
     "mtp_num_layers": None,
     "hybrid_layer_pattern": None,
+    "softmax_type": "vanilla",
+    "use_mup": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
 }
 
 

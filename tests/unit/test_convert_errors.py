@@ -156,9 +156,29 @@ def test_a_checkpoint_of_another_kind_of_model_is_refused(models: Path, tmp_path
     )
     with pytest.raises(ValueError, match=f"no table names: got {extra}"):
         to_hugging_face(tmp_path, tmp_path / "out", Options(iteration="7"))
-    mla = Namespace(**{**settings.to_args(model, 250), "multi_latent_attention": True})
-    with pytest.raises(ValueError, match="multi_latent_attention = True"):
-        settings.from_args(mla, 250)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("multi_latent_attention", True),
+        ("softmax_type", "off-by-one"),
+        ("use_mup", True),
+        ("activation_func_clamp_value", 0.1),
+        ("glu_linear_offset", 1.0),
+    ],
+)
+def test_settings_that_make_another_function_are_refused(
+    name: str, value: object, models: Path
+) -> None:
+    """Also those that add no tensor; args from before a setting existed pass."""
+    _, model = settings.from_config(models / "llama" / "config.json")
+    args = Namespace(**settings.to_args(model, 250))
+    vars(args).pop(name, None)
+    assert settings.from_args(args, 250) == model
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+        settings.from_args(args, 250)
 
 
 def test_an_existing_output_is_refused_and_kept(models: Path, tmp_path: Path) -> None:
