@@ -141,6 +141,13 @@ class SafetensorsFolder:
             )
         return _DTYPES[found]
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and numbers."""
+        one, two = self.entries[name], self.entries[other]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        return torch.equal(self.read(name), self.read(other))
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor, in its own dtype, with memory of its own."""
         with self._open(self.entries[name].file) as handle:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from megatron_llr.convert import command, settings
 from megatron_llr.convert.architecture import Architecture
@@ -47,6 +48,17 @@ def test_there_and_back_is_bitwise(
         index = json.loads((back / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == before.keys()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
+
+
+def test_a_tied_model_may_repeat_its_embedding_as_a_head(models: Path, tmp_path: Path) -> None:
+    hf = Path(shutil.copytree(models / "qwen2", tmp_path / "hf"))
+    held = tensors(hf)
+    (hf / "model.safetensors.index.json").unlink()
+    repeated = {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}
+    save_file(repeated, hf / "model.safetensors")
+    to_megatron(hf, tmp_path / "megatron", Options())
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
+    assert tensors(tmp_path / "back").keys() == held.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -55,6 +55,10 @@ BAD_MODELS = {
         lambda f: spoil_tensor(f, "model.norm.weight", torch.ones(64)),
         r"model.norm.weight contradicts config.json: got \[64\]; allowed: \[128\]",
     ),
+    "tied": (
+        lambda f: spoil_config(f, tie_word_embeddings=True),
+        "lm_head.weight is not the embedding, .*; set tie_word_embeddings to false in config.json",
+    ),
     "extra": (
         lambda f: spoil_tensor(f, "model.layers.0.mlp.router.weight", torch.ones(2, 2)),
         "tensors that the llama table does not name: got model.layers.0.mlp.router.weight",
