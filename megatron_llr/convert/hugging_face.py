@@ -28,7 +28,7 @@ _CARRIED = re.compile(
 
 def carry_files(source: Path, target: Path) -> list[str]:
     """Copy config.json and the tokenizer's files; returns their names."""
-    names = sorted(path.name for path in source.iterdir() if _CARRIED.match(path.name))
+    names = sorted(p.name for p in source.iterdir() if _CARRIED.match(p.name) and p.is_file())
     target.mkdir(exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -59,7 +59,7 @@ class Entry:
 
 
 class SafetensorsFolder:
-    """Reads tensors of a folder with one `model.safetensors`, or with shards and an index.
+    """Reads tensors of a folder with one `model.safetensors`, else with shards and an index.
 
     A file is mapped while one tensor is copied out of it, so that memory holds that tensor alone.
     Opening reads every header: missing and truncated files are found before anything is written.
@@ -84,9 +84,10 @@ class SafetensorsFolder:
             )
 
     def _index(self) -> dict[str, str]:
+        # One file comes before an index that may be older, as in transformers.
+        if (self.folder / SINGLE).exists():
+            return {}
         if not (self.folder / INDEX).exists():
-            if (self.folder / SINGLE).exists():
-                return {}
             raise user_error(
                 f"no weights in {self.folder}",
                 got="neither of the two files",

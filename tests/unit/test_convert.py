@@ -50,10 +50,23 @@ def test_there_and_back_is_bitwise(
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
 
 
+def test_one_file_comes_before_an_old_index_and_folders_are_not_carried(
+    models: Path, tmp_path: Path
+) -> None:
+    """As transformers reads such a folder."""
+    hf = Path(shutil.copytree(models / "llama", tmp_path / "hf"))
+    newer = {name: tensor + 1 for name, tensor in tensors(hf).items()}
+    save_file(newer, hf / "model.safetensors")
+    (hf / "tokenizer.d").mkdir()
+    to_megatron(hf, tmp_path / "megatron", Options())
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
+    after = tensors(tmp_path / "back")
+    assert all(torch.equal(after[name], newer[name]) for name in newer)
+
+
 def test_a_tied_model_may_repeat_its_embedding_as_a_head(models: Path, tmp_path: Path) -> None:
     hf = Path(shutil.copytree(models / "qwen2", tmp_path / "hf"))
     held = tensors(hf)
-    (hf / "model.safetensors.index.json").unlink()
     repeated = {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}
     save_file(repeated, hf / "model.safetensors")
     to_megatron(hf, tmp_path / "megatron", Options())
