@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from megatron_llr.convert import command, settings
 from megatron_llr.convert.links import links_of
 from megatron_llr.convert.options import HUGGING_FACE, Options
+from megatron_llr.convert.read_torch_dist import iteration_folder
 from megatron_llr.convert.to_hugging_face import to_hugging_face
 from megatron_llr.convert.to_megatron import to_megatron
 from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
@@ -115,6 +116,14 @@ BAD_CHECKPOINTS = {
         lambda f: (f / "release/metadata.json").write_text('{"sharded_backend": "zarr"}'),
         "says zarr",
     ),
+    "broken-backend": (
+        lambda f: (f / "release/metadata.json").write_text('{"sharded_ba'),
+        "release/metadata.json: got Unterminated string",
+    ),
+    "broken-tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text(""),
+        "latest_checkpointed_iteration.txt: got ''; allowed: the number of an iteration",
+    ),
     "no-tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "iter_0000000"),
     "config": (
         lambda f: spoil_config(f / HUGGING_FACE, num_attention_heads=8, head_dim=16),
@@ -138,6 +147,19 @@ def test_a_bad_megatron_checkpoint_is_refused(
     error = capsys.readouterr().err.splitlines()[-1]
     assert expected in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_an_iteration_that_is_not_the_folders_own_is_refused(tmp_path: Path) -> None:
+    for name in ("iter_0000002", "release"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    folder = tmp_path / "iter_0000002"
+    assert iteration_folder(tmp_path, "2") == folder
+    assert iteration_folder(folder) == iteration_folder(folder, "2") == folder
+    assert iteration_folder(tmp_path / "release", "release") == tmp_path / "release"
+    for other in ("4", "release"):
+        with pytest.raises(ValueError, match=f"got --iteration {other}; .* leave --iteration out"):
+            iteration_folder(folder, other)
 
 
 def test_a_checkpoint_of_another_kind_of_model_is_refused(models: Path, tmp_path: Path) -> None:
