@@ -5,10 +5,9 @@ the model.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_llr import state
 from megatron_llr.convert import settings
@@ -92,22 +91,23 @@ def _end_of_document(args: Any) -> int | None:
     return int(args.vocab_size) - 1 if named is None else int(named)
 
 
-def _config_text(
-    carried: Path | None, family: Family, model: Architecture, dtype: torch.dtype, args: Any
-) -> str:
-    """config.json: the one carried over, byte for byte unless its dtype is another; else made."""
-    name = dtype_name(dtype)
-    if carried is None:
-        config = settings.to_config(family, model, name)
-        # Without these transformers takes the family's own, ids 1 and 2.
-        config |= {"bos_token_id": None, "eos_token_id": _end_of_document(args)}
-        return json.dumps(config, indent=2) + "\n"
-    text = carried.read_text()
-    config = json.loads(text)
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    if all(config.get(key) == name for key in keys):
-        return text
-    return json.dumps({**config, **dict.fromkeys(keys, name)}, indent=2) + "\n"
+def _made_config(family: Family, model: Architecture, dtype: str, args: Any) -> dict[str, Any]:
+    """config.json where none is carried over."""
+    config = settings.to_config(family, model, dtype)
+    # Without these transformers takes the family's own, ids 1 and 2.
+    return config | {"bos_token_id": None, "eos_token_id": _end_of_document(args)}
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _mend_config(config: Path, dtype: str) -> None:
+    """Mend a config.json that was carried over if it names another dtype; else no byte changes."""
+    held = settings.read_json(config)
+    changes = {key: dtype for key in ("dtype", "torch_dtype") if held.get(key)}
+    if {**held, **changes} != held:
+        _write(config, {**held, **changes})
 
 
 def _check_tensors(reader: TorchDistReader, links: list[Link], model: Architecture) -> None:
@@ -178,9 +178,11 @@ def to_hugging_face(
         progress.expect(size)
     with staged_folder(target) as output:
         require_space(output, size)
-        if carried is not None:
+        if carried is None:
+            _write(output / CONFIG, _made_config(family, model, dtype_name(dtype), common["args"]))
+        else:
             carry_files(carried.parent, output)
-        (output / CONFIG).write_text(_config_text(carried, family, model, dtype, common["args"]))
+            _mend_config(output / CONFIG, dtype_name(dtype))
         shards = Shards(output, options.shard_size)
         for link in links:
             fused = reader.read(link.key, link.layer)
@@ -191,7 +193,7 @@ def to_hugging_face(
         files = shards.close()
         document = state.decode(common.get("opt_param_scheduler", {}).get(state.KEY))
         if document is not None:
-            (output / STATE).write_text(json.dumps(document, indent=2) + "\n")
+            _write(output / STATE, document)
     report.notes.append(f"written as {family.model_type} in {len(files)} file(s)")
     if padded != model.vocab:
         report.notes.append(f"vocabulary: {padded - model.vocab} rows of padding left behind")

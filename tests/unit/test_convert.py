@@ -88,6 +88,22 @@ def test_another_dtype_rounds_every_tensor_and_config(
     assert str(dtype).endswith(json.loads((tmp_path / "kept/config.json").read_text())["dtype"])
 
 
+def test_a_config_changes_only_where_it_names_another_dtype(models: Path, tmp_path: Path) -> None:
+    there = tmp_path / "megatron"
+    to_megatron(models / "llama", there, Options())
+    config = there / HUGGING_FACE / "config.json"
+    held = json.loads(config.read_text())
+    del held["dtype"]
+    for number, dtype in enumerate([{}, {"torch_dtype": None}, {"torch_dtype": "float32"}]):
+        text = json.dumps({**held, **dtype}, indent=4).replace("\n", "\r\n").encode()
+        config.write_bytes(text)
+        to_hugging_face(there, tmp_path / str(number), Options())
+        assert (tmp_path / str(number) / "config.json").read_bytes() == text
+    to_hugging_face(there, tmp_path / "half", Options(dtype=torch.float16))
+    made = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert made == {**held, "torch_dtype": "float16"}
+
+
 def test_the_vocabulary_is_padded_with_zeros_and_cut_again(models: Path, tmp_path: Path) -> None:
     report = to_megatron(models / "llama", tmp_path / "megatron", Options(vocab_multiple=96))
     reader = TorchDistReader(tmp_path / "megatron" / "release")
