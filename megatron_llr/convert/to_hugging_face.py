@@ -6,6 +6,7 @@ the model.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _check_config(config: Path, carried: Architecture, model: Architecture) -> N
             f"{config} contradicts the checkpoint",
             got=f"{name} {theirs} there, {ours} in the checkpoint",
             allowed="the config.json of this model",
-            remedy="name another folder with --files, or --vocab-size",
+            remedy="name another folder with --files",
         )
 
 
@@ -102,10 +103,18 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _mend_config(config: Path, dtype: str) -> None:
-    """Mend a config.json that was carried over if it names another dtype; else no byte changes."""
+def _mend_config(config: Path, dtype: str, vocab: int | None) -> None:
+    """Mend a config.json that was carried over if it contradicts the weights; else no byte changes.
+
+    Args:
+        config: the file.
+        dtype: of the weights; a config.json may leave it out.
+        vocab: rows that the user chose, if any.
+    """
     held = settings.read_json(config)
-    changes = {key: dtype for key in ("dtype", "torch_dtype") if held.get(key)}
+    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if held.get(key)}
+    if vocab is not None:
+        changes["vocab_size"] = vocab
     if {**held, **changes} != held:
         _write(config, {**held, **changes})
 
@@ -168,7 +177,8 @@ def to_hugging_face(
     family = family_for(model)
     if carried is not None:
         family, theirs = settings.from_config(carried)
-        _check_config(carried, theirs, model)
+        vocab = options.vocab_size or theirs.vocab
+        _check_config(carried, replace(theirs, vocab=vocab), model)
     links = links_of(family, model, padded)
     _check_tensors(reader, links, model)
     dtype = options.dtype or reader.dtype(_VOCABULARY, None)
@@ -182,7 +192,7 @@ def to_hugging_face(
             _write(output / CONFIG, _made_config(family, model, dtype_name(dtype), common["args"]))
         else:
             carry_files(carried.parent, output)
-            _mend_config(output / CONFIG, dtype_name(dtype))
+            _mend_config(output / CONFIG, dtype_name(dtype), options.vocab_size)
         shards = Shards(output, options.shard_size)
         for link in links:
             fused = reader.read(link.key, link.layer)

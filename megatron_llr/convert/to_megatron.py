@@ -163,7 +163,7 @@ def to_megatron(
         (folder / "release").mkdir()
         write_torch_dist(folder / "release", pieces, make, _objects(model, padded))
         carried = carry_files(source, folder / HUGGING_FACE)
-        (folder / FLAGS).write_text("\n".join(settings.to_flags(model)) + "\n")
+        (folder / FLAGS).write_text("\n".join(settings.to_flags(model, padded)) + "\n")
         (folder / TRACKER).write_text("release")
     if padded != model.vocab:
         report.notes.append(f"vocabulary padded with zeros from {model.vocab} to {padded} rows")

@@ -117,6 +117,20 @@ def test_the_vocabulary_is_padded_with_zeros_and_cut_again(models: Path, tmp_pat
     assert tensors(tmp_path / "back")["lm_head.weight"].shape == (250, 128)
 
 
+@pytest.mark.parametrize("rows", [200, 288])
+def test_chosen_rows_of_the_vocabulary_reach_the_config(
+    rows: int, models: Path, tmp_path: Path
+) -> None:
+    """Also where the config carried over says otherwise: the tokenizer stays with it."""
+    there, back = tmp_path / "megatron", tmp_path / "back"
+    to_megatron(models / "qwen2", there, Options(vocab_multiple=96))
+    to_hugging_face(there, back, Options(vocab_size=rows, files=there / HUGGING_FACE))
+    held = json.loads((there / HUGGING_FACE / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text()) == {**held, "vocab_size": rows}
+    assert tensors(back)["model.embed_tokens.weight"].shape == (rows, 128)
+    assert (back / "tokenizer.json").exists()
+
+
 def test_without_a_config_beside_it_is_made_from_megatrons_args(
     models: Path, tmp_path: Path
 ) -> None:
@@ -142,8 +156,10 @@ def test_flags_and_args_say_the_same(models: Path, tmp_path: Path) -> None:
         assert family_for(model) == family
         to_megatron(models / name, tmp_path / name, Options())
         flags = (tmp_path / name / FLAGS).read_text().split()
-        assert flags == [word for flag in settings.to_flags(model) for word in flag.split()]
-        assert settings.from_args(parser.parse_args(flags), 250) == model
+        assert flags == [word for flag in settings.to_flags(model, 256) for word in flag.split()]
+        parsed = parser.parse_args(flags)
+        assert settings.from_args(parsed, 250) == model
+        assert parsed.padded_vocab_size == 256
 
 
 def test_layers_stored_one_by_one_are_read_too(tmp_path: Path) -> None:
