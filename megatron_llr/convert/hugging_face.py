@@ -28,7 +28,7 @@ _CARRIED = re.compile(
 
 def carry_files(source: Path, target: Path) -> list[str]:
     """Copy config.json and the tokenizer's files; returns their names."""
-    names = sorted(path.name for path in source.iterdir() if _CARRIED.match(path.name))
+    names = sorted(p.name for p in source.iterdir() if _CARRIED.match(p.name) and p.is_file())
     target.mkdir(exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -59,7 +59,7 @@ class Entry:
 
 
 class SafetensorsFolder:
-    """Reads tensors of a folder with one `model.safetensors`, or with shards and an index.
+    """Reads tensors of a folder with one `model.safetensors`, else with shards and an index.
 
     A file is mapped while one tensor is copied out of it, so that memory holds that tensor alone.
     Opening reads every header: missing and truncated files are found before anything is written.
@@ -84,9 +84,10 @@ class SafetensorsFolder:
             )
 
     def _index(self) -> dict[str, str]:
+        # One file comes before an index that may be older, as in transformers.
+        if (self.folder / SINGLE).exists():
+            return {}
         if not (self.folder / INDEX).exists():
-            if (self.folder / SINGLE).exists():
-                return {}
             raise user_error(
                 f"no weights in {self.folder}",
                 got="neither of the two files",
@@ -140,6 +141,13 @@ class SafetensorsFolder:
                 remedy="dequantise the model with transformers and save it anew",
             )
         return _DTYPES[found]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and numbers."""
+        one, two = self.entries[name], self.entries[other]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        return torch.equal(self.read(name), self.read(other))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, in its own dtype, with memory of its own."""

@@ -5,7 +5,6 @@ their reader fetch one layer after the other, whatever layout wrote them.
 """
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,28 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_llr.convert.links import LAYER_PREFIX
 from megatron_llr.convert.options import BACKEND, TRACKER
+from megatron_llr.convert.settings import read_json
 from megatron_llr.errors import user_error
+
+
+def _named(iteration: str) -> str:
+    """Megatron's name of a checkpoint's folder."""
+    return iteration if iteration == "release" else f"iter_{int(iteration):07}"
+
+
+def _last(tracker: Path) -> str:
+    """What the tracker file says; iteration 0 without one."""
+    if not tracker.exists():
+        return "0"
+    said = tracker.read_text(errors="replace").strip()
+    if said != "release" and not (said.isascii() and said.isdigit()):
+        raise user_error(
+            f"cannot read {tracker}",
+            got=repr(said[:40]),
+            allowed="the number of an iteration, or release",
+            remedy="name a checkpoint with --iteration",
+        )
+    return said
 
 
 def iteration_folder(root: Path, iteration: str | None = None) -> Path:
@@ -28,15 +48,21 @@ def iteration_folder(root: Path, iteration: str | None = None) -> Path:
         iteration: a number or `release`; by default the one that the tracker file names.
 
     Raises:
-        ValueError: if there is none, or it is not of the torch_dist format.
+        ValueError: if there is none, it is not of the torch_dist format, or root is the folder of
+            another iteration.
     """
     folder = root
     if not (root / BACKEND).exists():
-        tracker = root / TRACKER
-        named = iteration or (tracker.read_text().strip() if tracker.exists() else "")
-        folder = root / (named if named == "release" else f"iter_{int(named or 0):07}")
+        folder = root / _named(iteration or _last(root / TRACKER))
+    elif iteration is not None and root.resolve().name != _named(iteration):
+        raise user_error(
+            f"{root} is the folder of one checkpoint",
+            got=f"--iteration {iteration}",
+            allowed=f"the folder above it, with --iteration; or {root} alone",
+            remedy="leave --iteration out, or name the folder that --save named",
+        )
     saved = folder / BACKEND
-    backend = json.loads(saved.read_text()).get("sharded_backend") if saved.exists() else None
+    backend = read_json(saved).get("sharded_backend") if saved.exists() else None
     if backend != "torch_dist":
         raise user_error(
             f"no Megatron checkpoint in {folder}",

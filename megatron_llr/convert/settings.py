@@ -28,6 +28,10 @@ _MEGATRON_REQUIRED: Mapping[str, Any] = {
     "num_experts": None,
     "mtp_num_layers": None,
     "hybrid_layer_pattern": None,
+    "softmax_type": "vanilla",
+    "use_mup": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
 }
 
 
@@ -188,8 +192,14 @@ def to_args(model: Architecture, padded_vocab: int) -> dict[str, Any]:
     }
 
 
-def to_flags(model: Architecture) -> list[str]:
-    """Megatron's flags for a model, one with its value per entry."""
+def to_flags(model: Architecture, padded_vocab: int) -> list[str]:
+    """Megatron's flags for a model, one with its value per entry.
+
+    Args:
+        model: the architecture.
+        padded_vocab: rows of the embedding. Left to itself Megatron pads the tokenizer's size, and
+            drops rows that the model has beyond that.
+    """
     flags = [
         f"--num-layers {model.layers}",
         f"--hidden-size {model.hidden}",
@@ -199,6 +209,7 @@ def to_flags(model: Architecture) -> list[str]:
         f"--num-query-groups {model.groups}",
         f"--kv-channels {model.channels}",
         f"--max-position-embeddings {model.positions}",
+        f"--padded-vocab-size {padded_vocab}",
         "--position-embedding-type rope",
         f"--rotary-base {int(model.rope_theta)}",
         "--normalization RMSNorm",

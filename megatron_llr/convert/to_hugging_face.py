@@ -5,10 +5,10 @@ the model.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_llr import state
 from megatron_llr.convert import settings
@@ -80,7 +80,7 @@ def _check_config(config: Path, carried: Architecture, model: Architecture) -> N
             f"{config} contradicts the checkpoint",
             got=f"{name} {theirs} there, {ours} in the checkpoint",
             allowed="the config.json of this model",
-            remedy="name another folder with --files, or --vocab-size",
+            remedy="name another folder with --files",
         )
 
 
@@ -92,22 +92,31 @@ def _end_of_document(args: Any) -> int | None:
     return int(args.vocab_size) - 1 if named is None else int(named)
 
 
-def _config_text(
-    carried: Path | None, family: Family, model: Architecture, dtype: torch.dtype, args: Any
-) -> str:
-    """config.json: the one carried over, byte for byte unless its dtype is another; else made."""
-    name = dtype_name(dtype)
-    if carried is None:
-        config = settings.to_config(family, model, name)
-        # Without these transformers takes the family's own, ids 1 and 2.
-        config |= {"bos_token_id": None, "eos_token_id": _end_of_document(args)}
-        return json.dumps(config, indent=2) + "\n"
-    text = carried.read_text()
-    config = json.loads(text)
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    if all(config.get(key) == name for key in keys):
-        return text
-    return json.dumps({**config, **dict.fromkeys(keys, name)}, indent=2) + "\n"
+def _made_config(family: Family, model: Architecture, dtype: str, args: Any) -> dict[str, Any]:
+    """config.json where none is carried over."""
+    config = settings.to_config(family, model, dtype)
+    # Without these transformers takes the family's own, ids 1 and 2.
+    return config | {"bos_token_id": None, "eos_token_id": _end_of_document(args)}
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _mend_config(config: Path, dtype: str, vocab: int | None) -> None:
+    """Mend a config.json that was carried over if it contradicts the weights; else no byte changes.
+
+    Args:
+        config: the file.
+        dtype: of the weights; a config.json may leave it out.
+        vocab: rows that the user chose, if any.
+    """
+    held = settings.read_json(config)
+    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if held.get(key)}
+    if vocab is not None:
+        changes["vocab_size"] = vocab
+    if {**held, **changes} != held:
+        _write(config, {**held, **changes})
 
 
 def _check_tensors(reader: TorchDistReader, links: list[Link], model: Architecture) -> None:
@@ -168,7 +177,8 @@ def to_hugging_face(
     family = family_for(model)
     if carried is not None:
         family, theirs = settings.from_config(carried)
-        _check_config(carried, theirs, model)
+        vocab = options.vocab_size or theirs.vocab
+        _check_config(carried, replace(theirs, vocab=vocab), model)
     links = links_of(family, model, padded)
     _check_tensors(reader, links, model)
     dtype = options.dtype or reader.dtype(_VOCABULARY, None)
@@ -178,9 +188,11 @@ def to_hugging_face(
         progress.expect(size)
     with staged_folder(target) as output:
         require_space(output, size)
-        if carried is not None:
+        if carried is None:
+            _write(output / CONFIG, _made_config(family, model, dtype_name(dtype), common["args"]))
+        else:
             carry_files(carried.parent, output)
-        (output / CONFIG).write_text(_config_text(carried, family, model, dtype, common["args"]))
+            _mend_config(output / CONFIG, dtype_name(dtype), options.vocab_size)
         shards = Shards(output, options.shard_size)
         for link in links:
             fused = reader.read(link.key, link.layer)
@@ -191,7 +203,7 @@ def to_hugging_face(
         files = shards.close()
         document = state.decode(common.get("opt_param_scheduler", {}).get(state.KEY))
         if document is not None:
-            (output / STATE).write_text(json.dumps(document, indent=2) + "\n")
+            _write(output / STATE, document)
     report.notes.append(f"written as {family.model_type} in {len(files)} file(s)")
     if padded != model.vocab:
         report.notes.append(f"vocabulary: {padded - model.vocab} rows of padding left behind")

@@ -36,6 +36,19 @@ _LAYER_EXTRA = (
 )
 _MODEL_EXTRA = ("decoder.final_layernorm",)
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _check_tied(source: SafetensorsFolder) -> None:
+    """A head beside a tied embedding repeats it: Megatron's model has no place for another."""
+    if _HEAD in source.entries and not source.same(_HEAD, _EMBEDDING):
+        raise user_error(
+            f"{_HEAD} is not the embedding, which config.json ties it to",
+            got=f"other numbers than {_EMBEDDING}",
+            allowed="the same tensor, or none",
+            remedy="set tie_word_embeddings to false in config.json",
+        )
+
 
 def _check_parts(source: SafetensorsFolder, links: list[Link], family: Family, tied: bool) -> None:
     """The folder has the tensors of the model, of the shapes that config.json says, and no more."""
@@ -56,7 +69,7 @@ def _check_parts(source: SafetensorsFolder, links: list[Link], family: Family, t
                 allowed=str(list(part.shape)),
                 remedy="mend config.json, or copy the weights anew",
             )
-    known = (*family.ignored, "lm_head.weight") if tied else family.ignored
+    known = (*family.ignored, _HEAD) if tied else family.ignored
     unknown = sorted(n for n in set(source.entries) - set(names) if not n.endswith(known))
     if unknown:
         raise user_error(
@@ -117,6 +130,8 @@ def to_megatron(
     links = links_of(family, model, padded)
     weights = SafetensorsFolder(source)
     _check_parts(weights, links, family, model.tied)
+    if model.tied:
+        _check_tied(weights)
 
     def dtype_of(link: Link) -> torch.dtype:
         found = {weights.dtype(part.name) for part in link.parts}
@@ -148,7 +163,7 @@ def to_megatron(
         (folder / "release").mkdir()
         write_torch_dist(folder / "release", pieces, make, _objects(model, padded))
         carried = carry_files(source, folder / HUGGING_FACE)
-        (folder / FLAGS).write_text("\n".join(settings.to_flags(model)) + "\n")
+        (folder / FLAGS).write_text("\n".join(settings.to_flags(model, padded)) + "\n")
         (folder / TRACKER).write_text("release")
     if padded != model.vocab:
         report.notes.append(f"vocabulary padded with zeros from {model.vocab} to {padded} rows")

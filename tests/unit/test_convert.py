@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from megatron_llr.convert import command, settings
 from megatron_llr.convert.architecture import Architecture
@@ -49,6 +50,30 @@ def test_there_and_back_is_bitwise(
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
 
 
+def test_one_file_comes_before_an_old_index_and_folders_are_not_carried(
+    models: Path, tmp_path: Path
+) -> None:
+    """As transformers reads such a folder."""
+    hf = Path(shutil.copytree(models / "llama", tmp_path / "hf"))
+    newer = {name: tensor + 1 for name, tensor in tensors(hf).items()}
+    save_file(newer, hf / "model.safetensors")
+    (hf / "tokenizer.d").mkdir()
+    to_megatron(hf, tmp_path / "megatron", Options())
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
+    after = tensors(tmp_path / "back")
+    assert all(torch.equal(after[name], newer[name]) for name in newer)
+
+
+def test_a_tied_model_may_repeat_its_embedding_as_a_head(models: Path, tmp_path: Path) -> None:
+    hf = Path(shutil.copytree(models / "qwen2", tmp_path / "hf"))
+    held = tensors(hf)
+    repeated = {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}
+    save_file(repeated, hf / "model.safetensors")
+    to_megatron(hf, tmp_path / "megatron", Options())
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
+    assert tensors(tmp_path / "back").keys() == held.keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_dtype_rounds_every_tensor_and_config(
     dtype: torch.dtype, models: Path, tmp_path: Path
@@ -63,6 +88,22 @@ def test_another_dtype_rounds_every_tensor_and_config(
     assert str(dtype).endswith(json.loads((tmp_path / "kept/config.json").read_text())["dtype"])
 
 
+def test_a_config_changes_only_where_it_names_another_dtype(models: Path, tmp_path: Path) -> None:
+    there = tmp_path / "megatron"
+    to_megatron(models / "llama", there, Options())
+    config = there / HUGGING_FACE / "config.json"
+    held = json.loads(config.read_text())
+    del held["dtype"]
+    for number, dtype in enumerate([{}, {"torch_dtype": None}, {"torch_dtype": "float32"}]):
+        text = json.dumps({**held, **dtype}, indent=4).replace("\n", "\r\n").encode()
+        config.write_bytes(text)
+        to_hugging_face(there, tmp_path / str(number), Options())
+        assert (tmp_path / str(number) / "config.json").read_bytes() == text
+    to_hugging_face(there, tmp_path / "half", Options(dtype=torch.float16))
+    made = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert made == {**held, "torch_dtype": "float16"}
+
+
 def test_the_vocabulary_is_padded_with_zeros_and_cut_again(models: Path, tmp_path: Path) -> None:
     report = to_megatron(models / "llama", tmp_path / "megatron", Options(vocab_multiple=96))
     reader = TorchDistReader(tmp_path / "megatron" / "release")
@@ -74,6 +115,20 @@ def test_the_vocabulary_is_padded_with_zeros_and_cut_again(models: Path, tmp_pat
     assert "vocabulary padded with zeros from 250 to 288 rows" in report.notes
     to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
     assert tensors(tmp_path / "back")["lm_head.weight"].shape == (250, 128)
+
+
+@pytest.mark.parametrize("rows", [200, 288])
+def test_chosen_rows_of_the_vocabulary_reach_the_config(
+    rows: int, models: Path, tmp_path: Path
+) -> None:
+    """Also where the config carried over says otherwise: the tokenizer stays with it."""
+    there, back = tmp_path / "megatron", tmp_path / "back"
+    to_megatron(models / "qwen2", there, Options(vocab_multiple=96))
+    to_hugging_face(there, back, Options(vocab_size=rows, files=there / HUGGING_FACE))
+    held = json.loads((there / HUGGING_FACE / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text()) == {**held, "vocab_size": rows}
+    assert tensors(back)["model.embed_tokens.weight"].shape == (rows, 128)
+    assert (back / "tokenizer.json").exists()
 
 
 def test_without_a_config_beside_it_is_made_from_megatrons_args(
@@ -101,8 +156,10 @@ def test_flags_and_args_say_the_same(models: Path, tmp_path: Path) -> None:
         assert family_for(model) == family
         to_megatron(models / name, tmp_path / name, Options())
         flags = (tmp_path / name / FLAGS).read_text().split()
-        assert flags == [word for flag in settings.to_flags(model) for word in flag.split()]
-        assert settings.from_args(parser.parse_args(flags), 250) == model
+        assert flags == [word for flag in settings.to_flags(model, 256) for word in flag.split()]
+        parsed = parser.parse_args(flags)
+        assert settings.from_args(parsed, 250) == model
+        assert parsed.padded_vocab_size == 256
 
 
 def test_layers_stored_one_by_one_are_read_too(tmp_path: Path) -> None:

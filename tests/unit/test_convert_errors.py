@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from megatron_llr.convert import command, settings
 from megatron_llr.convert.links import links_of
 from megatron_llr.convert.options import HUGGING_FACE, Options
+from megatron_llr.convert.read_torch_dist import iteration_folder
 from megatron_llr.convert.to_hugging_face import to_hugging_face
 from megatron_llr.convert.to_megatron import to_megatron
 from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
@@ -54,6 +55,10 @@ BAD_MODELS = {
     "shape": (
         lambda f: spoil_tensor(f, "model.norm.weight", torch.ones(64)),
         r"model.norm.weight contradicts config.json: got \[64\]; allowed: \[128\]",
+    ),
+    "tied": (
+        lambda f: spoil_config(f, tie_word_embeddings=True),
+        "lm_head.weight is not the embedding, .*; set tie_word_embeddings to false in config.json",
     ),
     "extra": (
         lambda f: spoil_tensor(f, "model.layers.0.mlp.router.weight", torch.ones(2, 2)),
@@ -111,6 +116,14 @@ BAD_CHECKPOINTS = {
         lambda f: (f / "release/metadata.json").write_text('{"sharded_backend": "zarr"}'),
         "says zarr",
     ),
+    "broken-backend": (
+        lambda f: (f / "release/metadata.json").write_text('{"sharded_ba'),
+        "release/metadata.json: got Unterminated string",
+    ),
+    "broken-tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text(""),
+        "latest_checkpointed_iteration.txt: got ''; allowed: the number of an iteration",
+    ),
     "no-tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "iter_0000000"),
     "config": (
         lambda f: spoil_config(f / HUGGING_FACE, num_attention_heads=8, head_dim=16),
@@ -136,6 +149,19 @@ def test_a_bad_megatron_checkpoint_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
 
 
+def test_an_iteration_that_is_not_the_folders_own_is_refused(tmp_path: Path) -> None:
+    for name in ("iter_0000002", "release"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    folder = tmp_path / "iter_0000002"
+    assert iteration_folder(tmp_path, "2") == folder
+    assert iteration_folder(folder) == iteration_folder(folder, "2") == folder
+    assert iteration_folder(tmp_path / "release", "release") == tmp_path / "release"
+    for other in ("4", "release"):
+        with pytest.raises(ValueError, match=f"got --iteration {other}; .* leave --iteration out"):
+            iteration_folder(folder, other)
+
+
 def test_a_checkpoint_of_another_kind_of_model_is_refused(models: Path, tmp_path: Path) -> None:
     """Weights that no table names are told, not dropped."""
     family, model = settings.from_config(models / "llama" / "config.json")
@@ -156,9 +182,29 @@ def test_a_checkpoint_of_another_kind_of_model_is_refused(models: Path, tmp_path
     )
     with pytest.raises(ValueError, match=f"no table names: got {extra}"):
         to_hugging_face(tmp_path, tmp_path / "out", Options(iteration="7"))
-    mla = Namespace(**{**settings.to_args(model, 250), "multi_latent_attention": True})
-    with pytest.raises(ValueError, match="multi_latent_attention = True"):
-        settings.from_args(mla, 250)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("multi_latent_attention", True),
+        ("softmax_type", "off-by-one"),
+        ("use_mup", True),
+        ("activation_func_clamp_value", 0.1),
+        ("glu_linear_offset", 1.0),
+    ],
+)
+def test_settings_that_make_another_function_are_refused(
+    name: str, value: object, models: Path
+) -> None:
+    """Also those that add no tensor; args from before a setting existed pass."""
+    _, model = settings.from_config(models / "llama" / "config.json")
+    args = Namespace(**settings.to_args(model, 250))
+    vars(args).pop(name, None)
+    assert settings.from_args(args, 250) == model
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+        settings.from_args(args, 250)
 
 
 def test_an_existing_output_is_refused_and_kept(models: Path, tmp_path: Path) -> None:
