@@ -155,16 +155,38 @@ def _stop(jobs: Sequence[_Job]) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> str | None:
-    """Record a job that has ended; what it came to, or None if it failed."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What a job that has ended came to, and whether the next call need not try it again."""
+
+    text: str
+    done: bool
+
+
+def _ended_early(run: Run, reached: int) -> str:
+    """A job that ended well before its last update: by --exit-interval, a time limit, a signal."""
+    saved = (run.folder / "checkpoint").exists()
+    goes_on = "goes on from its checkpoint" if saved else "begins it again (no --save-interval)"
+    asked = value_of(run.settings, "--train-iters")
+    return (
+        f"NOT DONE, ended with code 0, last evaluated at update {reached} of {asked}: "
+        f"see {run.folder}/log.txt; the next call {goes_on}"
+    )
+
+
+def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
+    """Record a job that has ended, if it reached its last update or a loss that is not finite."""
     seconds = time.monotonic() - job.started
     text = (job.run.folder / "log.txt").read_text(errors="replace")
-    died_of_nan = job.process.returncode != 0 and _NOT_FINITE.search(text) is not None
-    if job.process.returncode != 0 and not died_of_nan:
-        return None
+    code = job.process.returncode
+    died_of_nan = code != 0 and _NOT_FINITE.search(text) is not None
     _, curve = losses(job.run.folder)
-    if not curve and not died_of_nan:
-        return None
+    if not died_of_nan:
+        reached = curve[-1][0] if curve else 0
+        if code == 0 and reached < int(value_of(job.run.settings, "--train-iters") or 0):
+            return _Outcome(_ended_early(job.run, reached), done=False)
+        if code != 0:
+            return _Outcome(f"FAILED with code {code}: see {job.run.folder}/log.txt", done=False)
     write_done(
         job.run,
         died_of_nan=died_of_nan,
@@ -172,8 +194,8 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> str | None:
         environment=versions,
         command=command(grid, job.run, job.slot),
     )
-    reached = f"validation {curve[-1][1]:.4f}" if curve and not died_of_nan else "diverged"
-    return f"{reached} ({seconds:.0f} s)"
+    came_to = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
+    return _Outcome(f"{came_to} ({seconds:.0f} s)", done=True)
 
 
 def run_grid(
@@ -188,8 +210,8 @@ def run_grid(
         say: prints a line of progress.
 
     Returns:
-        The runs that failed of something else than a loss that is not finite; they are not recorded
-        as done, and the next call tries them again.
+        The runs that did not reach their last update, for another reason than a loss that is not
+        finite; they are not recorded as done, and the next call tries them again.
     """
     total, versions = len(grid.runs()), environment(grid)
     begun, done, left = time.monotonic(), 0, list(waiting)
@@ -207,14 +229,11 @@ def run_grid(
                 active.remove(job)
                 done += 1
                 outcome = _finish(grid, job, versions)
-                if outcome is None:
+                if not outcome.done:
                     failed.append(job.run)
-                    outcome = (
-                        f"FAILED with code {job.process.returncode}: see {job.run.folder}/log.txt"
-                    )
                 rest = (time.monotonic() - begun) / done * (len(waiting) - done) / 60
                 say(
-                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome}; "
+                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome.text}; "
                     f"about {rest:.0f} min left"
                 )
     finally:
