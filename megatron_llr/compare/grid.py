@@ -182,7 +182,11 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         allowed = f"names of letters, digits, . _ -; one of them the control {control!r}"
         raise _wrong(path, f"policies {', '.join(policies)}", allowed)
     if given.get("counterparts", True):
-        policies = with_counterparts(policies, flags, control)
+        try:
+            policies = with_counterparts(policies, flags, control)
+        except ValueError as taken:
+            allowed = "another name, the counterpart's flags, or counterparts: false"
+            raise _wrong(path, taken, allowed) from None
     return Grid(
         out=out or Path(str(given["out"])),
         flags=flags,

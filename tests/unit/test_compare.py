@@ -94,6 +94,18 @@ def test_controls_that_are_there_or_would_say_nothing_are_not_added(make_grid: M
     }
 
 
+def test_controls_take_no_name_from_the_users_policies(make_grid: MakeGrid) -> None:
+    policies = {**WHOLE["policies"], "esd-random": "--llr-policy random"}
+    with pytest.raises(ValueError, match=r"bad grid .*esd-random with .* of esd's counterpart"):
+        make_grid(policies=policies)
+    assert list(make_grid(policies=policies, counterparts=False).policies) == list(policies)
+    # The counterpart's own flags, in another order and with one that all runs have.
+    same = "--llr-mean-preserving --llr-policy=random --seq-length 16"
+    grid = make_grid(policies={**policies, "esd-random": same})
+    assert grid.policies["esd-random"] == tuple(same.split())
+    assert len(grid.policies) == 6
+
+
 def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
     grid = make_grid()
     runs = grid.runs()
