@@ -65,7 +65,8 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
     if value_of(run.settings, "--save-interval") is not None:
         checkpoint = str(run.folder / "checkpoint")
         paths += ["--save", checkpoint, "--load", checkpoint]
-    return [*launch, grid.script, *run.settings, *paths]
+    # The loss at update 1 is what a run's start and its divergence are told by.
+    return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
 
 
 def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:

@@ -296,6 +296,15 @@ def test_what_is_no_fair_comparison_is_flagged(make_grid: MakeGrid) -> None:
     assert "FLAGGED:" in report(grid)
 
 
+def test_a_first_loss_that_was_not_logged_is_no_difference(make_grid: MakeGrid) -> None:
+    flags = FLAGS + " --tensorboard-log-interval 10"
+    grid = make_grid(flags=flags, learning_rates=[1e-3], seeds=[1], counterparts=False)
+    for run in grid.runs():
+        finish(run, [3.0, 2.0], first=math.nan)
+        assert value_of(command(grid, run), "--tensorboard-log-interval") == "1"
+    assert flagged(grid, [r for r in map(read_result, grid.runs()) if r]) == []
+
+
 def test_the_record_of_a_run_names_its_settings(make_grid: MakeGrid) -> None:
     run = make_grid().runs()[0]
     finish(run, [1.0])
