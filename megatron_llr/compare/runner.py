@@ -1,5 +1,6 @@
 """Runs a grid: one or several jobs at a time, each once, however often it is interrupted."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from megatron_llr.compare.flags import settings, value_of
 from megatron_llr.compare.grid import Grid, Run
@@ -90,12 +92,38 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
     return chosen
 
 
+def _lock(log: IO[bytes]) -> bool:
+    """Lock a job's log; False if a job of another call, which inherits the lock, still runs."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks.
+        return True
+    return True
+
+
+def _check_that_no_job_runs(run: Run) -> None:
+    path = run.folder / "log.txt"
+    if not path.exists():
+        return
+    with path.open("ab") as log:
+        if not _lock(log):
+            raise user_error(
+                f"{run.folder} has a job that still runs",
+                got=f"a lock on {path}",
+                allowed="one job in a folder",
+                remedy="wait for the job or end it (fuser -v FILE names its processes)",
+            )
+
+
 def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
     """The runs that are not done.
 
     Raises:
         ValueError: if a finished run was made with other settings, unless `rerun_changed`: a result
-            is never thrown away unasked.
+            is never thrown away unasked; or if a job of another call still runs in a folder.
     """
     waiting = []
     for run in grid.runs():
@@ -114,6 +142,8 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
                     remedy="give the grid another out, or run it with --rerun-changed",
                 )
             waiting.append(run)
+    for run in waiting:
+        _check_that_no_job_runs(run)
     return waiting
 
 
@@ -135,6 +165,7 @@ def _prepare_folder(run: Run) -> None:
 def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
     _prepare_folder(run)
     with (run.folder / "log.txt").open("ab") as log:
+        _lock(log)
         process = subprocess.Popen(
             command(grid, run, slot),
             stdout=log,

@@ -1,14 +1,19 @@
 """How the comparison tool starts jobs and what it makes of their ends."""
 
+import os
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_llr.compare.grid import Grid
 from megatron_llr.compare.results import DONE
-from megatron_llr.compare.runner import _finish, _Job, _Outcome
+from megatron_llr.compare.runner import _finish, _Job, _Outcome, _start, _stop, pending
 
 FLAGS = "--seq-length 16 --global-batch-size 4 --train-iters 100 --eval-iters 2"
 
@@ -51,3 +56,57 @@ def test_a_job_that_died_of_nan_is_done_wherever_it_was(tmp_path: Path) -> None:
     outcome = ended(grid_of(tmp_path), 50, "false", log="found NaN in local grad norm")
     assert outcome.done
     assert outcome.text.startswith("diverged")
+
+
+def test_a_folder_whose_job_still_runs_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text("import time; time.sleep(60)")
+    grid = grid_of(tmp_path / "out", script=str(script))
+    run = grid.runs()[0]
+    job = _start(grid, run, 0, 1)
+    try:
+        with pytest.raises(ValueError, match=r"seed-1 has a job that still runs: got a lock on"):
+            pending(grid)
+    finally:
+        _stop([job])
+    assert pending(grid) == [run]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_the_jobs(tmp_path: Path, ignored: bool) -> None:
+    """Unless SIGHUP is ignored, as under nohup."""
+    script, started, grid = (tmp_path / name for name in ("job.py", "started", "grid.yaml"))
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(started)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)"
+    )
+    content = {"out": str(tmp_path / "out"), "script": str(script), "flags": FLAGS, "seeds": [1]}
+    content |= {"learning_rates": [1e-3], "policies": {"uniform": "--llr-policy uniform"}}
+    grid.write_text(yaml.safe_dump(content))
+    root = Path(__file__).resolve().parents[2]
+    tool = subprocess.Popen(
+        [*(["nohup"] if ignored else []), sys.executable, "tools/compare.py", str(grid)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job = Path("/proc") / started.read_text()
+    tool.send_signal(signal.SIGHUP)
+    if ignored:
+        time.sleep(1)
+        assert tool.poll() is None
+        assert job.exists()
+        tool.send_signal(signal.SIGTERM)
+    else:
+        # As a shell does after the terminal.
+        tool.send_signal(signal.SIGHUP)
+    _, errors = tool.communicate(timeout=60)
+    assert tool.returncode == 130, errors
+    assert not job.exists()
