@@ -77,6 +77,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept; the same command goes on", file=sys.stderr)
         return 130
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     write_report(grid)
     return 1 if failed else 0
 

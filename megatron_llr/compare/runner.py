@@ -71,6 +71,26 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
     return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
 
 
+def _visible_gpus(grid: Grid, jobs: int) -> list[str] | None:
+    """The GPUs that all jobs together may use; none where they are hidden, None if any may be.
+
+    Raises:
+        ValueError: if they are too few.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    visible = [] if given in ("", "-1") else given.split(",")
+    if visible and len(visible) < jobs * grid.gpus_per_run:
+        raise user_error(
+            f"too few GPUs for {jobs} jobs of {grid.gpus_per_run}",
+            got=f"CUDA_VISIBLE_DEVICES={given}",
+            allowed=f"at least {jobs * grid.gpus_per_run} GPUs",
+            remedy="lower --jobs or the grid's gpus_per_run (0 for jobs without a GPU)",
+        )
+    return visible
+
+
 def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
     chosen = dict(os.environ)
     if not grid.launch:
@@ -81,14 +101,10 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
         chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         chosen.setdefault("OMP_NUM_THREADS", "1")
-    if jobs > 1:
-        visible = chosen.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if jobs > 1 and (visible := _visible_gpus(grid, jobs)) != []:
         first = slot * grid.gpus_per_run
-        if len(visible) >= jobs * grid.gpus_per_run:
-            mine = visible[first : first + grid.gpus_per_run]
-        else:
-            mine = [str(first + index) for index in range(grid.gpus_per_run)]
-        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        every = visible or [str(index) for index in range(jobs * grid.gpus_per_run)]
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(every[first : first + grid.gpus_per_run])
     return chosen
 
 
@@ -244,7 +260,12 @@ def run_grid(
     Returns:
         The runs that did not reach their last update, for another reason than a loss that is not
         finite; they are not recorded as done, and the next call tries them again.
+
+    Raises:
+        ValueError: before any job, if CUDA_VISIBLE_DEVICES has too few GPUs for several at a time.
     """
+    if jobs > 1:
+        _visible_gpus(grid, jobs)
     total, versions = len(grid.runs()), environment(grid)
     begun, done, left = time.monotonic(), 0, list(waiting)
     failed: list[Run] = []

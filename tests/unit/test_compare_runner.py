@@ -13,7 +13,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_llr.compare.grid import Grid
 from megatron_llr.compare.results import DONE
-from megatron_llr.compare.runner import _finish, _Job, _Outcome, _start, _stop, pending
+from megatron_llr.compare.runner import (
+    _finish,
+    _Job,
+    _job_environment,
+    _Outcome,
+    _start,
+    _stop,
+    pending,
+    run_grid,
+)
 
 FLAGS = "--seq-length 16 --global-batch-size 4 --train-iters 100 --eval-iters 2"
 
@@ -70,6 +79,39 @@ def test_a_folder_whose_job_still_runs_is_refused(tmp_path: Path) -> None:
     finally:
         _stop([job])
     assert pending(grid) == [run]
+
+
+@pytest.mark.parametrize(
+    ("visible", "of_jobs"),
+    [
+        (None, ["0,1", "2,3"]),
+        ("7,5,3,1,0", ["7,5", "3,1"]),
+        # Hidden GPUs stay hidden.
+        ("", ["", ""]),
+        ("-1", ["-1", "-1"]),
+    ],
+)
+def test_jobs_share_the_visible_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, of_jobs: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    grid = grid_of(Path("out"), gpus=2)
+    found = [_job_environment(grid, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert found == of_jobs
+
+
+def test_jobs_take_no_gpu_that_is_not_visible(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    grid = grid_of(tmp_path)
+    with pytest.raises(ValueError, match=r"got CUDA_VISIBLE_DEVICES=4,5.*--jobs.*gpus_per_run"):
+        run_grid(grid, grid.runs(), jobs=3, say=print)
+    assert not any(tmp_path.iterdir())
+    no_gpu = _job_environment(grid_of(tmp_path, gpus=0), 2, 3)
+    assert no_gpu["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize("ignored", [False, True])
