@@ -141,7 +141,9 @@ def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
         ({"seeds": 3}, "seeds: "),
         ({"learning_rates": [0.0]}, "learning_rates: "),
         ({"learning_rates": ["fast"]}, "learning_rates: "),
+        ({"learning_rates": [1.0000001e-3, 1.0000002e-3]}, "rates that differ in their first six"),
         ({"min_lr_ratio": "low"}, "min_lr_ratio: "),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio: -0.1; allowed: a number, 0 or more"),
         ({"gpus_per_run": None}, "gpus_per_run: "),
     ],
 )
@@ -149,6 +151,15 @@ def test_a_bad_grid_is_named(make_grid: MakeGrid, more: dict[str, Any], named: s
     with pytest.raises(ValueError, match=r"^megatron_llr: bad grid .*grid\.yaml: got ") as caught:
         make_grid(**more)
     assert named in str(caught.value)
+
+
+def test_a_rate_may_fall_to_zero_and_runs_may_lie_at_home(
+    make_grid: MakeGrid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grid = make_grid(min_lr_ratio=0, out="~/runs")
+    assert grid.out == tmp_path / "runs"
+    assert {value_of(run.settings, "--min-lr") for run in grid.runs()} == {"0"}
 
 
 @pytest.mark.parametrize(
