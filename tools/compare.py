@@ -14,11 +14,14 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from megatron_llr.compare.grid import Grid, read_grid
 from megatron_llr.compare.runner import command, pending, run_grid
 
 say = partial(print, flush=True)
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def write_report(grid: Grid) -> None:
@@ -26,6 +29,13 @@ def write_report(grid: Grid) -> None:
     from megatron_llr.compare.report import report
 
     print(report(grid))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Interrupt once: shells send SIGHUP twice, and the second must not end the ending of jobs."""
+    for each in _ENDINGS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -57,13 +67,19 @@ def main() -> int:
         for run in waiting:
             print(shlex.join(command(grid, run)))
         return 0
-    # A batch system's SIGTERM ends the jobs as Ctrl-C does; none may outlive this.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A batch system's SIGTERM and a closed terminal end the jobs as Ctrl-C does; none may outlive
+    # this. Under nohup a closed terminal is ignored already.
+    for number in _ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         failed = run_grid(grid, waiting, jobs=max(1, given.jobs), say=say)
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept; the same command goes on", file=sys.stderr)
         return 130
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     write_report(grid)
     return 1 if failed else 0
 

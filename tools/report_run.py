@@ -11,25 +11,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_llr.compare.results import VALIDATION, scalars
 from megatron_llr.observe import plots
 from megatron_llr.observe.read_logs import last_measurement, last_role_table
 
 
 def validation_loss(folder: Path) -> str | None:
     """The last validation loss in the run's TensorBoard events, or None."""
-    if not any(folder.glob("events.*")):
+    points = scalars(folder).get(VALIDATION)
+    if not points:
         return None
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    points = [
-        (point.step, point.value)
-        for tag in events.Tags()["scalars"]
-        if tag.startswith("lm loss validation") and tag.endswith("validation")
-        for point in events.Scalars(tag)
-    ]
-    return f"validation loss {points[-1][1]:.4f} after update {points[-1][0]}" if points else None
+    last = max(points)
+    return f"validation loss {points[last]:.4f} after update {last}"
 
 
 def main() -> int:

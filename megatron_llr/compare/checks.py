@@ -25,7 +25,8 @@ def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
     """Runs of one seed begin with one batch and one set of weights: with one loss."""
     lines = []
     for seed in grid.seeds:
-        mine = [result for result in results if result.run.seed == seed]
+        # A loss that was not logged is NaN.
+        mine = [r for r in results if r.run.seed == seed and not math.isnan(r.first_loss)]
         of_control = [result for result in mine if result.run.policy == grid.control]
         if not of_control:
             continue

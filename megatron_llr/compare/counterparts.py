@@ -6,6 +6,7 @@ mean 1 the second, and with the mean held at 1 esd against a random order and ag
 the third.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,9 @@ def with_counterparts(
         The policies and, for an esd policy `name`: `name-mean1`, `name-random`, `name-inverse`
         (these with the mean of the others at 1) and, unless there is such a policy or its embedding
         has no rate of its own, `name-embedding-only`.
+
+    Raises:
+        ValueError: if a policy has the name of a counterpart and other flags.
     """
     found = dict(policies)
     for name, words in policies.items():
@@ -77,10 +81,17 @@ def with_counterparts(
             name, found, shared
         ):
             wanted[f"{name}-embedding-only"] = (*words, "--llr-policy", "embedding-only")
+        for other, counterpart in wanted.items():
+            mine = policies.get(other, counterpart)
+            if settings([*shared, *mine]) != settings([*shared, *counterpart]):
+                raise ValueError(
+                    f"policy {other} with {shlex.join(mine)}, the name of {name}'s counterpart "
+                    f"with {shlex.join(counterpart)}"
+                )
         present = [settings(other) for other in found.values()]
-        found.update(
-            (other, flags) for other, flags in wanted.items() if settings(flags) not in present
-        )
+        for other, counterpart in wanted.items():
+            if settings(counterpart) not in present:
+                found.setdefault(other, counterpart)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,18 @@ def _numbers(values: Any, kind: type, path: Path, key: str) -> tuple[Any, ...]:
         found = ()
     if not found or len(set(found)) < len(found) or (kind is float and min(found) <= 0):
         raise _wrong(path, f"{key}: {values!r}", "a list of different numbers, rates above 0")
+    if kind is float and len({f"{value:g}" for value in found}) < len(found):
+        raise _wrong(path, f"{key}: {values!r}", "rates that differ in their first six digits")
+    return found
+
+
+def _number(value: Any, kind: type, path: Path, key: str) -> Any:
+    try:
+        found = kind(value)
+    except (TypeError, ValueError):
+        found = -1
+    if not 0 <= found < math.inf:
+        raise _wrong(path, f"{key}: {value!r}", "a number, 0 or more")
     return found
 
 
@@ -182,16 +195,20 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         allowed = f"names of letters, digits, . _ -; one of them the control {control!r}"
         raise _wrong(path, f"policies {', '.join(policies)}", allowed)
     if given.get("counterparts", True):
-        policies = with_counterparts(policies, flags, control)
+        try:
+            policies = with_counterparts(policies, flags, control)
+        except ValueError as taken:
+            allowed = "another name, the counterpart's flags, or counterparts: false"
+            raise _wrong(path, taken, allowed) from None
     return Grid(
-        out=out or Path(str(given["out"])),
+        out=out or Path(str(given["out"])).expanduser(),
         flags=flags,
         policies=policies,
         learning_rates=_numbers(given["learning_rates"], float, path, "learning_rates"),
         seeds=_numbers(given["seeds"], int, path, "seeds"),
         control=control,
-        min_lr_ratio=_numbers([given.get("min_lr_ratio", 0.1)], float, path, "min_lr_ratio")[0],
+        min_lr_ratio=_number(given.get("min_lr_ratio", 0.1), float, path, "min_lr_ratio"),
         launch=_words(given.get("launch"), path, "launch"),
         script=str(given.get("script", "pretrain_gpt_llr.py")),
-        gpus_per_run=_numbers([given.get("gpus_per_run", 1)], int, path, "gpus_per_run")[0],
+        gpus_per_run=_number(given.get("gpus_per_run", 1), int, path, "gpus_per_run"),
     )

@@ -12,8 +12,8 @@ from megatron_llr.compare.grid import Run
 
 DONE = "done.json"
 _VERSION = 1
-_TRAINING = "lm loss"
-_VALIDATION = "lm loss validation"
+TRAINING = "lm loss"
+VALIDATION = "lm loss validation"
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,30 @@ class Result:
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Tag -> iteration -> value in a folder of TensorBoard events; the last one written counts."""
-    if not any(folder.glob("events.*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """Tag -> iteration -> value in a folder of TensorBoard events; no folder, no tags.
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    wanted = [tag for tag in events.Tags()["scalars"] if tag in (_TRAINING, _VALIDATION)]
-    return {tag: {point.step: point.value for point in events.Scalars(tag)} for tag in wanted}
+    Of one file, that is of one start of the job, the first value of an iteration counts: Megatron
+    writes the loss on the test set under the validation's tag, after it. A later file, of a job
+    that was gone on with, replaces what it repeats.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("events.*")):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in {TRAINING, VALIDATION}.intersection(events.Tags()["scalars"]):
+            mine = {point.step: point.value for point in reversed(events.Scalars(tag))}
+            before = found.get(tag, {}).items()
+            found[tag] = {step: value for step, value in before if step < min(mine)} | mine
+    return found
 
 
 def losses(folder: Path) -> tuple[float, tuple[tuple[int, float], ...]]:
     """First training loss, and validation losses by iteration, of a run's folder."""
     found = scalars(folder / "tensorboard")
-    first = found.get(_TRAINING, {}).get(1, math.nan)
-    return first, tuple(sorted(found.get(_VALIDATION, {}).items()))
+    first = found.get(TRAINING, {}).get(1, math.nan)
+    return first, tuple(sorted(found.get(VALIDATION, {}).items()))
 
 
 def has_diverged(first: float, curve: tuple[tuple[int, float], ...], died_of_nan: bool) -> bool:

@@ -1,5 +1,6 @@
 """Runs a grid: one or several jobs at a time, each once, however often it is interrupted."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from megatron_llr.compare.flags import settings, value_of
 from megatron_llr.compare.grid import Grid, Run
@@ -65,7 +67,28 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
     if value_of(run.settings, "--save-interval") is not None:
         checkpoint = str(run.folder / "checkpoint")
         paths += ["--save", checkpoint, "--load", checkpoint]
-    return [*launch, grid.script, *run.settings, *paths]
+    # The loss at update 1 is what a run's start and its divergence are told by.
+    return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
+
+
+def _visible_gpus(grid: Grid, jobs: int) -> list[str] | None:
+    """The GPUs that all jobs together may use; none where they are hidden, None if any may be.
+
+    Raises:
+        ValueError: if they are too few.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    visible = [] if given in ("", "-1") else given.split(",")
+    if visible and len(visible) < jobs * grid.gpus_per_run:
+        raise user_error(
+            f"too few GPUs for {jobs} jobs of {grid.gpus_per_run}",
+            got=f"CUDA_VISIBLE_DEVICES={given}",
+            allowed=f"at least {jobs * grid.gpus_per_run} GPUs",
+            remedy="lower --jobs or the grid's gpus_per_run (0 for jobs without a GPU)",
+        )
+    return visible
 
 
 def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
@@ -78,15 +101,37 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
         chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         chosen.setdefault("OMP_NUM_THREADS", "1")
-    if jobs > 1:
-        visible = chosen.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if jobs > 1 and (visible := _visible_gpus(grid, jobs)) != []:
         first = slot * grid.gpus_per_run
-        if len(visible) >= jobs * grid.gpus_per_run:
-            mine = visible[first : first + grid.gpus_per_run]
-        else:
-            mine = [str(first + index) for index in range(grid.gpus_per_run)]
-        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        every = visible or [str(index) for index in range(jobs * grid.gpus_per_run)]
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(every[first : first + grid.gpus_per_run])
     return chosen
+
+
+def _lock(log: IO[bytes]) -> bool:
+    """Lock a job's log; False if a job of another call, which inherits the lock, still runs."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks.
+        return True
+    return True
+
+
+def _check_that_no_job_runs(run: Run) -> None:
+    path = run.folder / "log.txt"
+    if not path.exists():
+        return
+    with path.open("ab") as log:
+        if not _lock(log):
+            raise user_error(
+                f"{run.folder} has a job that still runs",
+                got=f"a lock on {path}",
+                allowed="one job in a folder",
+                remedy="wait for the job or end it (fuser -v FILE names its processes)",
+            )
 
 
 def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
@@ -94,7 +139,7 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
 
     Raises:
         ValueError: if a finished run was made with other settings, unless `rerun_changed`: a result
-            is never thrown away unasked.
+            is never thrown away unasked; or if a job of another call still runs in a folder.
     """
     waiting = []
     for run in grid.runs():
@@ -113,6 +158,8 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
                     remedy="give the grid another out, or run it with --rerun-changed",
                 )
             waiting.append(run)
+    for run in waiting:
+        _check_that_no_job_runs(run)
     return waiting
 
 
@@ -134,6 +181,7 @@ def _prepare_folder(run: Run) -> None:
 def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
     _prepare_folder(run)
     with (run.folder / "log.txt").open("ab") as log:
+        _lock(log)
         process = subprocess.Popen(
             command(grid, run, slot),
             stdout=log,
@@ -155,16 +203,38 @@ def _stop(jobs: Sequence[_Job]) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> str | None:
-    """Record a job that has ended; what it came to, or None if it failed."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What a job that has ended came to, and whether the next call need not try it again."""
+
+    text: str
+    done: bool
+
+
+def _ended_early(run: Run, reached: int) -> str:
+    """A job that ended well before its last update: by --exit-interval, a time limit, a signal."""
+    saved = (run.folder / "checkpoint").exists()
+    goes_on = "goes on from its checkpoint" if saved else "begins it again (no --save-interval)"
+    asked = value_of(run.settings, "--train-iters")
+    return (
+        f"NOT DONE, ended with code 0, last evaluated at update {reached} of {asked}: "
+        f"see {run.folder}/log.txt; the next call {goes_on}"
+    )
+
+
+def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
+    """Record a job that has ended, if it reached its last update or a loss that is not finite."""
     seconds = time.monotonic() - job.started
     text = (job.run.folder / "log.txt").read_text(errors="replace")
-    died_of_nan = job.process.returncode != 0 and _NOT_FINITE.search(text) is not None
-    if job.process.returncode != 0 and not died_of_nan:
-        return None
+    code = job.process.returncode
+    died_of_nan = code != 0 and _NOT_FINITE.search(text) is not None
     _, curve = losses(job.run.folder)
-    if not curve and not died_of_nan:
-        return None
+    if not died_of_nan:
+        reached = curve[-1][0] if curve else 0
+        if code == 0 and reached < int(value_of(job.run.settings, "--train-iters") or 0):
+            return _Outcome(_ended_early(job.run, reached), done=False)
+        if code != 0:
+            return _Outcome(f"FAILED with code {code}: see {job.run.folder}/log.txt", done=False)
     write_done(
         job.run,
         died_of_nan=died_of_nan,
@@ -172,8 +242,8 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> str | None:
         environment=versions,
         command=command(grid, job.run, job.slot),
     )
-    reached = f"validation {curve[-1][1]:.4f}" if curve and not died_of_nan else "diverged"
-    return f"{reached} ({seconds:.0f} s)"
+    came_to = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
+    return _Outcome(f"{came_to} ({seconds:.0f} s)", done=True)
 
 
 def run_grid(
@@ -188,9 +258,14 @@ def run_grid(
         say: prints a line of progress.
 
     Returns:
-        The runs that failed of something else than a loss that is not finite; they are not recorded
-        as done, and the next call tries them again.
+        The runs that did not reach their last update, for another reason than a loss that is not
+        finite; they are not recorded as done, and the next call tries them again.
+
+    Raises:
+        ValueError: before any job, if CUDA_VISIBLE_DEVICES has too few GPUs for several at a time.
     """
+    if jobs > 1:
+        _visible_gpus(grid, jobs)
     total, versions = len(grid.runs()), environment(grid)
     begun, done, left = time.monotonic(), 0, list(waiting)
     failed: list[Run] = []
@@ -207,14 +282,11 @@ def run_grid(
                 active.remove(job)
                 done += 1
                 outcome = _finish(grid, job, versions)
-                if outcome is None:
+                if not outcome.done:
                     failed.append(job.run)
-                    outcome = (
-                        f"FAILED with code {job.process.returncode}: see {job.run.folder}/log.txt"
-                    )
                 rest = (time.monotonic() - begun) / done * (len(waiting) - done) / 60
                 say(
-                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome}; "
+                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome.text}; "
                     f"about {rest:.0f} min left"
                 )
     finally:

@@ -74,8 +74,8 @@ def difference_of(
 ) -> Difference:
     """Mean of ours - theirs.
 
-    Where at least two seeds are in both, seed by seed: what a seed does to both cancels. Otherwise
-    Welch's interval for two samples, with his degrees of freedom.
+    On the seeds that are in both, seed by seed: what a seed does to both cancels. One such seed
+    gives no interval. Without any, Welch's interval for two samples, with his degrees of freedom.
 
     Args:
         ours: seed -> loss.
@@ -83,7 +83,7 @@ def difference_of(
         confidence: of the interval.
     """
     common = sorted(ours.keys() & theirs.keys())
-    if len(common) >= 2:
+    if common:
         found = mean_of([ours[seed] - theirs[seed] for seed in common])
         error, freedom, count = found.error, float(found.count - 1), found.count
         value, paired = found.value, True

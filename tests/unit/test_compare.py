@@ -94,6 +94,18 @@ def test_controls_that_are_there_or_would_say_nothing_are_not_added(make_grid: M
     }
 
 
+def test_controls_take_no_name_from_the_users_policies(make_grid: MakeGrid) -> None:
+    policies = {**WHOLE["policies"], "esd-random": "--llr-policy random"}
+    with pytest.raises(ValueError, match=r"bad grid .*esd-random with .* of esd's counterpart"):
+        make_grid(policies=policies)
+    assert list(make_grid(policies=policies, counterparts=False).policies) == list(policies)
+    # The counterpart's own flags, in another order and with one that all runs have.
+    same = "--llr-mean-preserving --llr-policy=random --seq-length 16"
+    grid = make_grid(policies={**policies, "esd-random": same})
+    assert grid.policies["esd-random"] == tuple(same.split())
+    assert len(grid.policies) == 6
+
+
 def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
     grid = make_grid()
     runs = grid.runs()
@@ -129,7 +141,9 @@ def test_runs_differ_in_policy_rate_and_seed_alone(make_grid: MakeGrid) -> None:
         ({"seeds": 3}, "seeds: "),
         ({"learning_rates": [0.0]}, "learning_rates: "),
         ({"learning_rates": ["fast"]}, "learning_rates: "),
+        ({"learning_rates": [1.0000001e-3, 1.0000002e-3]}, "rates that differ in their first six"),
         ({"min_lr_ratio": "low"}, "min_lr_ratio: "),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio: -0.1; allowed: a number, 0 or more"),
         ({"gpus_per_run": None}, "gpus_per_run: "),
     ],
 )
@@ -137,6 +151,15 @@ def test_a_bad_grid_is_named(make_grid: MakeGrid, more: dict[str, Any], named: s
     with pytest.raises(ValueError, match=r"^megatron_llr: bad grid .*grid\.yaml: got ") as caught:
         make_grid(**more)
     assert named in str(caught.value)
+
+
+def test_a_rate_may_fall_to_zero_and_runs_may_lie_at_home(
+    make_grid: MakeGrid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grid = make_grid(min_lr_ratio=0, out="~/runs")
+    assert grid.out == tmp_path / "runs"
+    assert {value_of(run.settings, "--min-lr") for run in grid.runs()} == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -282,6 +305,15 @@ def test_what_is_no_fair_comparison_is_flagged(make_grid: MakeGrid) -> None:
     ):
         assert any(part in line for line in lines), part
     assert "FLAGGED:" in report(grid)
+
+
+def test_a_first_loss_that_was_not_logged_is_no_difference(make_grid: MakeGrid) -> None:
+    flags = FLAGS + " --tensorboard-log-interval 10"
+    grid = make_grid(flags=flags, learning_rates=[1e-3], seeds=[1], counterparts=False)
+    for run in grid.runs():
+        finish(run, [3.0, 2.0], first=math.nan)
+        assert value_of(command(grid, run), "--tensorboard-log-interval") == "1"
+    assert flagged(grid, [r for r in map(read_result, grid.runs()) if r]) == []
 
 
 def test_the_record_of_a_run_names_its_settings(make_grid: MakeGrid) -> None:
