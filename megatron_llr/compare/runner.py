@@ -24,7 +24,9 @@ from megatron_llr.version import __version__
 # What Megatron's checks say before they end a job whose loss or gradient is not finite.
 _NOT_FINITE = re.compile(r"found (NaN|Inf) in|Unexpected result (nan|inf)", re.I)
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 15
+# Ranks are in sessions of their own: torchrun alone reaches them, and kills after 30 s
+# (torch.distributed.elastic.multiprocessing).
+_GRACE_SECONDS = 45
 
 
 @dataclass
