@@ -15,7 +15,7 @@ from megatron_llr.engine.measure import Measurement, SpectrumEngine
 from megatron_llr.observe.observer import MatrixRates, Observer
 from megatron_llr.observe.summary import block_table, by_role, matrix_table, role_table
 from megatron_llr.optim.layer_groups import LayerGroups
-from megatron_llr.policies import acts_on, held_at_one, share_multipliers, targets_for
+from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.records import Directory, role_of
@@ -61,6 +61,7 @@ class LayerwiseController:
         self._observer = observer
         self._inseparable = inseparable
         self._synchronize = synchronize
+        self._meaning = meaning_of(config)
         self._on_rate = acts_on(config.policy) == LEARNING_RATE
         self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
@@ -111,7 +112,7 @@ class LayerwiseController:
             "version": state.VERSION,
             "next_update": self.next_update,
             "matrices": list(self.directory),
-            "meaning": self.config.meaning(),
+            "meaning": dict(self._meaning),
             "timing": {**self.config.timing(), **self._saved_window()},
             "schedule": self._schedule.state_dict(),
             # JSON has no NaN.
@@ -126,7 +127,7 @@ class LayerwiseController:
         """
         if self.config.reset_state or not document:
             return
-        for line in state.check(document, self.config, self.directory):
+        for line in state.check(document, self.config, self.directory, self._meaning):
             self._observer.say(line)
         self._document = dict(document)
 

@@ -91,13 +91,19 @@ def _some(names: set[str]) -> str:
     return (", ".join(listed[:3]) + more) or "none"
 
 
-def check(document: Mapping[str, Any], config: LLRConfig, directory: Directory) -> list[str]:
+def check(
+    document: Mapping[str, Any],
+    config: LLRConfig,
+    directory: Directory,
+    meaning: Mapping[str, Any],
+) -> list[str]:
     """Refuse a document that this run cannot go on from.
 
     Args:
         document: as `decode` gives it.
         config: settings of this run.
         directory: matrices of this run.
+        meaning: what this run's state would keep as its meaning.
 
     Returns:
         A line for every setting that differs and may.
@@ -122,7 +128,9 @@ def check(document: Mapping[str, Any], config: LLRConfig, directory: Directory) 
             allowed="the matrices of this model",
             remedy=remedy,
         )
-    meaning = config.meaning()
+    if isinstance(document["meaning"].get("role_table"), str):
+        # Earlier states keep the path of the table, not what it holds.
+        meaning = {**meaning, "role_table": config.role_table}
     changed = {
         field: (value, meaning[field])
         for field, value in document["meaning"].items()

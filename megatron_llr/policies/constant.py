@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from megatron_llr.config import LLR_TABLE, LLRConfig, flag
 from megatron_llr.errors import user_error
@@ -63,6 +64,17 @@ def read_role_table(path: str) -> Mapping[str, float]:
             remedy=f"mend the file, or give {LLR_TABLE} for the constants that LLR converged to",
         )
     return {role: float(value) for role, value in table.items()}
+
+
+def meaning_of(config: LLRConfig) -> dict[str, Any]:
+    """`config.meaning()` with what the role table holds: its file may move, or be edited.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    table = config.role_table
+    held = None if table is None else dict(read_role_table(table))
+    return {**config.meaning(), "role_table": held}
 
 
 def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:

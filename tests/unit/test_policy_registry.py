@@ -211,9 +211,11 @@ def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
         "matrices": ["head"],
         "meaning": meaning,
         "timing": settings.timing(),
+        "schedule": {"window_end": 6},
     }
     directory = {"head": MatrixInfo("head", "head", 64, 64, ((0,),), False)}
-    assert state.check(document, settings, directory) == []
+    assert state.check(document, settings, directory, settings.meaning()) == []
     later = {**document, "meaning": settings.meaning()}
+    other = LLRConfig(random_seed=1)
     with pytest.raises(ValueError, match="--llr-random-seed differs"):
-        state.check(later, LLRConfig(random_seed=1), directory)
+        state.check(later, other, directory, other.meaning())
