@@ -67,6 +67,7 @@ LLR_ARGS=(
     --llr-active-fraction 0.6
     --llr-log-dir "$RUN"
     --llr-log-relative-update
+    --llr-fixed-validation
 )
 
 # The full log goes to a file; the lines worth watching to the terminal.
