@@ -17,6 +17,7 @@ class Model:
     """A GPT model, or with `pattern` a hybrid one.
 
     Attributes:
+        channels: width of a head, 0 for hidden / heads.
         experts: of every `moe_every`-th block, the last of as many; 0 for a dense model.
         shared: width of the shared expert, 0 for none; `shared_gate` weighs it.
         latent: width that experts work in, 0 for the model's.
@@ -31,6 +32,7 @@ class Model:
     hidden: int = 128
     heads: int = 4
     groups: int = 2
+    channels: int = 0
     ffn: int = 192
     gated: bool = True
     tied: bool = False
@@ -80,6 +82,7 @@ class Model:
                 chosen.append(f"--q-lora-rank {self.q_lora}")
         else:
             chosen.append(f"--group-query-attention --num-query-groups {self.groups}")
+            chosen.append(f"--kv-channels {self.channels}" if self.channels else "")
         if self.experts:
             chosen.append(
                 f"--num-experts {self.experts} --moe-ffn-hidden-size {self.expert_ffn} "
@@ -144,7 +147,7 @@ class Model:
 
     def _attention(self) -> dict[str, Shape]:
         if not self.mla:
-            width = self.hidden // self.heads
+            width = self.channels or self.hidden // self.heads
             rows = {"q": self.heads * width, "k": self.groups * width, "v": self.groups * width}
             found = {role: (count, self.hidden) for role, count in rows.items()}
             return _prefixed("attention.", {**found, "o": (self.hidden, self.heads * width)})
