@@ -1,0 +1,77 @@
+"""tools/preprocess_data.py where a disk or a process gives out: nothing broken is left."""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.preprocessing import (
+    ENVIRONMENT,
+    ROOT,
+    TOOL,
+    assert_nothing_left,
+    preprocess,
+    write_jsonl,
+)
+
+
+def test_a_limit_on_file_size(tmp_path: Path) -> None:
+    """What fits into memory and not onto the disk: the error comes with the last bytes."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["x" * 30_000])
+    done = preprocess(
+        source, "--output", tmp_path / "set",
+        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "got File too large" in done.stderr
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+def test_a_pair_that_reads_back_otherwise_is_not_left(tmp_path: Path) -> None:
+    """A disk that changes a byte, played by the builder."""
+    program = (
+        "import sys\n"
+        "from megatron_llr.data import command\n"
+        "command._import_megatron()\n"
+        "from megatron_llr import host\n"
+        "finalize = host.IndexedDatasetBuilder.finalize\n"
+        "def change(self, path):\n"
+        "    finalize(self, path)\n"
+        "    with open(self.data_file.name, 'r+b') as file:\n"
+        "        file.write(b'?')\n"
+        "host.IndexedDatasetBuilder.finalize = change\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    source = write_jsonl(tmp_path / "in.jsonl", ["abc"])
+    command = [sys.executable, "-c", program, str(source), "--output", str(tmp_path / "set")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "set reads back as (documents, tokens, bytes, checksum) (1, 4, 8, " in done.stderr
+    assert_nothing_left(tmp_path, "in.jsonl")
+
+
+@pytest.mark.parametrize("whom", ["the tool", "a worker"])
+def test_stopped_from_outside(whom: str, tmp_path: Path) -> None:
+    """SIGTERM to the tool, or SIGKILL to a worker (as when memory runs out): nothing is left."""
+    # Much more than it can tokenize before the signal comes.
+    source = write_jsonl(tmp_path / "in.jsonl", ["x" * 1000] * 200_000)
+    process = subprocess.Popen(
+        [*TOOL, str(source), "--output", str(tmp_path / "set"), "--workers", "2"],
+        cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    written = tmp_path / "set.part.bin"
+    while not (written.exists() and written.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    if whom == "the tool":
+        process.terminate()
+    else:
+        children = psutil.Process(process.pid).children()
+        next(child for child in children if "spawn_main" in str(child.cmdline())).kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (143 if whom == "the tool" else 1)
+    assert whom == "the tool" or "a worker process was ended from outside" in said
+    assert_nothing_left(tmp_path, "in.jsonl")
