@@ -156,14 +156,9 @@ class LayerwiseController:
             },
             lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
         )
-        if not resumed:
-            # Before the log is cut: a start that this refuses leaves it as it was.
-            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
-        together(
-            lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
-        )
+        # Before the log is cut: a start that this refuses leaves it as it was.
         if self._document is None:
-            self._measure()
+            self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
         else:
             # The saved window holds; a longer --train-iters does not move it.
             self._schedule = MultiplierSchedule.resume(
@@ -171,6 +166,11 @@ class LayerwiseController:
             )
             saved = self._document["alphas"]
             self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
+        together(
+            lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
+        )
+        if not resumed:
+            self._measure()
         self._set_multipliers()
 
     def _saved_window(self) -> dict[str, Any]:

@@ -247,7 +247,8 @@ def attach(
     groups = getattr(optimizer, _LAYER_GROUPS, None)
     if groups is None:
         groups = _build_layer_groups(optimizer, model_chunks, config)
-    _require_built_for(groups, config)
+    else:
+        _require_built_for(groups, config)
     catalog = _place_weights(model_chunks, config, vocab_size)
     directory = build_directory(catalog)
     inseparable: dict[str, str] = {}

@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise user_error(
             f"cannot read {path}",
             got=str(broken) or "not a JSON object",
-            allowed="a JSON object, as transformers writes it",
+            allowed="a JSON object",
             remedy="copy the folder anew",
         ) from broken
     return found

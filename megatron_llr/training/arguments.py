@@ -45,6 +45,8 @@ def config_from_args(args: Namespace) -> LLRConfig:
     )
 
 
+_OF_OPTIMIZERS = {name: f"--{name.replace('_', '-')}" for name in UNSTEPPABLE}
+
 # What this version has not learned, by the flag that asks for it: (attribute of args, the values
 # that are fine, flag).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -62,13 +64,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
     ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
     ("optimizer", ("adam", "sgd", "muon", "soap", "lion"), "--optimizer"),
-    ("optimizer_cpu_offload", (False,), "--optimizer-cpu-offload"),
-    ("optimizer_cuda_graph", (False,), "--optimizer-cuda-graph"),
-    (
-        "overlap_param_gather_with_optimizer_step",
-        (False,),
-        "--overlap-param-gather-with-optimizer-step",
-    ),
+    *((name, (False,), flag) for name, flag in _OF_OPTIMIZERS.items()),
     ("fp4_param_gather", (False,), "--fp4-param-gather"),
     ("sft", (False,), "--sft"),
     ("fim_data", (False,), "--fim-data"),
@@ -96,7 +92,7 @@ _REASONS = {
     "--use-megatron-fsdp": _DTENSORS,
     "--use-torch-fsdp2": _DTENSORS,
     "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
-    **{f"--{name.replace('_', '-')}": reason for name, reason in UNSTEPPABLE.items()},
+    **{flag: UNSTEPPABLE[name] for name, flag in _OF_OPTIMIZERS.items()},
 }
 
 # Optimizers that Megatron takes from another package.
