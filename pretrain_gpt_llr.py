@@ -10,7 +10,7 @@ of --help. With a GPU the job runs on CUDA and NCCL, without one on CPU and gloo
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 
 @record
@@ -18,7 +18,7 @@ def main() -> None:
     """Choose the device, then train."""
     launch.main_arguments()
     # Imports megatron, which must not happen before the device is chosen.
-    from megatron_llr.training import job
+    from megatron_llr.megatron import job
 
     try:
         job.pretrain()

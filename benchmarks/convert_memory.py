@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_llr.convert import settings
-from megatron_llr.convert.architecture import Architecture
-from megatron_llr.convert.families import family_named
-from megatron_llr.convert.hugging_face import Shards
-from megatron_llr.convert.links import links_of
+from megatron_llr.tools.convert import settings
+from megatron_llr.tools.convert.architecture import Architecture
+from megatron_llr.tools.convert.hugging_face import Shards
+from megatron_llr.tools.convert.links import links_of
+from megatron_llr.tools.convert.model_families import family_named
 
 ROOT = Path(__file__).resolve().parents[1]
 # LLaMA 2 7B's proportions, with fewer layers.
@@ -70,7 +70,8 @@ def convert(*arguments: object) -> tuple[float, int]:
 def idle_memory() -> int:
     """What the tool's imports alone take, in bytes."""
     code = (
-        "import megatron_llr.convert.to_hugging_face, megatron_llr.host, transformers, tqdm\n"
+        "import megatron_llr.tools.convert.to_hugging_face, megatron_llr.megatron.model_chunks\n"
+        "import transformers, tqdm\n"
         "print(next(l.split()[1] for l in open('/proc/self/status') if 'RssAnon' in l))"
     )
     run = subprocess.run(

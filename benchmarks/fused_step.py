@@ -15,11 +15,11 @@ import tracemalloc
 
 import torch
 
-from megatron_llr.optim.layer_groups import InnerGroups
-from megatron_llr.optim.masters import Master
-from megatron_llr.optim.views import Part
-from megatron_llr.runtime.cpu_adam import GroupStepAdamW
-from megatron_llr.sharding.layout import flat_ranges, interleaved, stacked
+from megatron_llr.cpu.adam import GroupStepAdamW
+from megatron_llr.matrices.layout import flat_ranges, interleaved, stacked
+from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
+from megatron_llr.param_groups.views import Part
 
 
 def parts_of(tensor: torch.Tensor, spans: dict[str, tuple[object, ...]], block: int) -> list[Part]:
@@ -44,7 +44,7 @@ def memory_of_views(groups: InnerGroups, apart: dict[str, float]) -> int:
 
 def share_of_rank(
     blocks: int, hidden: int, ffn: int, heads: int, device: str = "cpu"
-) -> tuple[list[torch.Tensor], dict[int, tuple[Master, tuple[Part, ...]]]]:
+) -> tuple[list[torch.Tensor], dict[int, tuple[SteppedTensor, tuple[Part, ...]]]]:
     """The tensors that a rank's optimizer steps, with gradients, and the matrices in each."""
     channels = hidden // heads
     shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
@@ -56,13 +56,13 @@ def share_of_rank(
         "fc1": stacked(("gate", "up"), 2 * ffn, 0),
     }
     tensors: list[torch.Tensor] = []
-    parts: dict[int, tuple[Master, tuple[Part, ...]]] = {}
+    parts: dict[int, tuple[SteppedTensor, tuple[Part, ...]]] = {}
     for block in range(blocks):
         for name, shape in shapes.items():
             tensor = torch.full(shape, 0.01, device=device)
             tensor.grad = gradients[name]
             spans = layouts.get(name, stacked((name,), shape[0], 0))
-            master = Master(tensor, tensor)  # type: ignore[arg-type]
+            master = SteppedTensor(tensor, tensor)  # type: ignore[arg-type]
             parts[id(tensor)] = (master, tuple(parts_of(tensor, spans, block)))
             tensors.append(tensor)
     return tensors, parts

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 ITERATIONS = 120
 
@@ -37,10 +37,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     sys.argv[1:] = launch.prepare_device(FLAGS)
-    from megatron_llr import host
-    from megatron_llr.training import job
+    import megatron.training.training as training_module
+    from megatron.training import print_rank_0
 
-    training = host.training_module
+    from megatron_llr.megatron import job
+
+    training = training_module
     inner_step: Any = None
     spent: dict[tuple[str, bool], list[float]] = {}
     train_step, count = training.train_step, 0
@@ -79,12 +81,12 @@ def main() -> None:
     for name in ("iteration", "optimizer step"):
         medians = {on: statistics.median(spent[name, on][5:]) for on in (True, False)}
         found[name] = medians
-        host.print_rank_0(
+        print_rank_0(
             f"{name}: {1000 * medians[True]:.2f} ms with, {1000 * medians[False]:.2f} ms without, "
             f"ratio {medians[True] / medians[False]:.4f}"
         )
     added = found["optimizer step"][True] - found["optimizer step"][False]
-    host.print_rank_0(f"added to an iteration: {100 * added / found['iteration'][False]:.2f} %")
+    print_rank_0(f"added to an iteration: {100 * added / found['iteration'][False]:.2f} %")
     job.shut_down()
 
 

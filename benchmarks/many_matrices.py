@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
@@ -40,11 +40,12 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from megatron_llr import LLRConfig, attach, get_megatron_optimizer, library, state  # noqa: E402
+from megatron_llr import LLRConfig, attach, get_megatron_optimizer, state  # noqa: E402
 from megatron_llr.controller import LayerwiseController  # noqa: E402
-from megatron_llr.engine import measure  # noqa: E402
-from megatron_llr.observe.csv_log import CsvLog  # noqa: E402
-from megatron_llr.observe.observer import Observer  # noqa: E402
+from megatron_llr.measurement import measure  # noqa: E402
+from megatron_llr.megatron import library  # noqa: E402
+from megatron_llr.telemetry.csv_log import CsvLog  # noqa: E402
+from megatron_llr.telemetry.observer import Observer  # noqa: E402
 
 
 class Clock:
@@ -202,7 +203,7 @@ def time_logs(controller: LayerwiseController, clock: Clock) -> None:
             with clock.timed(f"measured {choice}"):
                 if dist.get_rank() == 0:
                     observer.measured(
-                        1, measured.table, targets, controller.directory, measured.spectra
+                        1, measured.table, targets, controller.matrix_index, measured.spectra
                     )
             with clock.timed(f"stepped {choice}"):
                 controller._observe_rates(1)
@@ -232,7 +233,7 @@ def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[
     chunks = build_model(given)
     clock.watch(library, "build_catalog", "catalog, twice")
     clock.watch(library, "LayerGroups", "layer groups")
-    clock.watch(library, "build_directory", "directory")
+    clock.watch(library, "build_matrix_index", "matrix_index")
     clock.watch(library, "SpectrumEngine", "engine")
     config = LLRConfig(interval=100, ramp_iters=20, active_fraction=1.0)
     settings = OptimizerConfig(
@@ -248,7 +249,7 @@ def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[
     )
     names = tuple(clock.seconds)
     say(
-        f"{len(controller.directory)} matrices, {dist.get_world_size()} ranks, "
+        f"{len(controller.matrix_index)} matrices, {dist.get_world_size()} ranks, "
         f"layout {given.layout}; built: "
         + ", ".join(f"{name} {clock.total(name):.3f} s" for name in names)
     )
@@ -272,7 +273,7 @@ def main() -> None:
         text = state.encode(controller.state_dict())
     say(
         f"state document in a ramp: {len(text) / 1e3:.0f} kB, "
-        f"{len(text) / len(controller.directory):.0f} bytes per matrix, "
+        f"{len(text) / len(controller.matrix_index):.0f} bytes per matrix, "
         f"{clock.total('state'):.3f} s"
     )
     time_steps(controller, optimizer)

@@ -10,9 +10,9 @@ import argparse
 
 import torch
 
-from megatron_llr.observe.summary import text_table
 from megatron_llr.spectrum import analyze_matrix, record_from_eigenvalues
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
+from megatron_llr.telemetry.tables import text_table
 
 
 def pooled(weight: torch.Tensor, ways: int, dim: int) -> float:

@@ -12,21 +12,21 @@ from megatron_llr.version import __version__
 if TYPE_CHECKING:
     from megatron_llr.config import LLRConfig
     from megatron_llr.controller import LayerwiseController
-    from megatron_llr.library import attach, get_megatron_optimizer
+    from megatron_llr.megatron.library import attach, get_megatron_optimizer
     from megatron_llr.policies import assign_multipliers
-    from megatron_llr.records import SpectrumRecord
     from megatron_llr.schedule import MultiplierSchedule
     from megatron_llr.spectrum import analyze_matrix
+    from megatron_llr.spectrum.record import SpectrumRecord
 
 _HOMES = {
     "LLRConfig": "megatron_llr.config",
     "LayerwiseController": "megatron_llr.controller",
     "MultiplierSchedule": "megatron_llr.schedule",
-    "SpectrumRecord": "megatron_llr.records",
+    "SpectrumRecord": "megatron_llr.spectrum.record",
     "analyze_matrix": "megatron_llr.spectrum",
     "assign_multipliers": "megatron_llr.policies",
-    "attach": "megatron_llr.library",
-    "get_megatron_optimizer": "megatron_llr.library",
+    "attach": "megatron_llr.megatron.library",
+    "get_megatron_optimizer": "megatron_llr.megatron.library",
 }
 
 __all__ = [

@@ -11,16 +11,17 @@ import torch.distributed as dist
 
 from megatron_llr import state
 from megatron_llr.config import WINDOW, LLRConfig, flag
-from megatron_llr.engine.measure import Measurement, SpectrumEngine
-from megatron_llr.observe.observer import MatrixRates, Observer
-from megatron_llr.observe.summary import block_table, by_role, matrix_table, role_table
-from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr.matrices.ids import role_of
+from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.measurement.measure import Measurement, SpectrumEngine
+from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
-from megatron_llr.records import Directory, role_of
 from megatron_llr.schedule import MultiplierSchedule
-from megatron_llr.sharding.shard import MatrixShard
+from megatron_llr.telemetry.observer import MatrixRates, Observer
+from megatron_llr.telemetry.tables import block_table, by_role, matrix_table, role_table
 
 # From so many matrices on the log names the flag that makes it shorter.
 _MANY = 2000
@@ -34,14 +35,14 @@ class LayerwiseController:
 
     Attributes:
         config: the settings.
-        directory: every logical matrix of the job.
+        matrix_index: every logical matrix of the job.
         next_update: number of the next successful update, from 1.
     """
 
     def __init__(
         self,
         config: LLRConfig,
-        directory: Directory,
+        matrix_index: MatrixIndex,
         catalog: Sequence[MatrixShard],
         engine: SpectrumEngine,
         layer_groups: LayerGroups,
@@ -53,7 +54,7 @@ class LayerwiseController:
         iteration: int,
     ) -> None:
         self.config = config
-        self.directory = directory
+        self.matrix_index = matrix_index
         self.next_update = iteration + 1
         self._catalog = catalog
         self._engine = engine
@@ -80,7 +81,7 @@ class LayerwiseController:
         A factor on the learning rate or, with a policy that sets it, on the weight decay.
         """
         now = self._schedule.multipliers(self.next_update) if self._schedule else {}
-        return {matrix: now.get(matrix, 1.0) for matrix in self.directory}
+        return {matrix: now.get(matrix, 1.0) for matrix in self.matrix_index}
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -89,7 +90,7 @@ class LayerwiseController:
 
     def role_summary(self) -> str:
         """A table per role: mean exponent, range of multipliers."""
-        counts = Counter(role_of(matrix) for matrix in self.directory)
+        counts = Counter(role_of(matrix) for matrix in self.matrix_index)
         alphas, factors = by_role(self._alphas), by_role(self.multipliers)
         return role_table(counts, alphas, factors, self.config.estimator)
 
@@ -98,7 +99,7 @@ class LayerwiseController:
         `config.log_matrices` says, of every block and role.
         """
         table = block_table if self.config.log_matrices == "roles" else matrix_table
-        return table(self.directory, self._engine.owners, self.multipliers)
+        return table(self.matrix_index, self._engine.owners, self.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """The state document: plain JSON values, identical on every rank.
@@ -111,7 +112,7 @@ class LayerwiseController:
         return {
             "version": state.VERSION,
             "next_update": self.next_update,
-            "matrices": list(self.directory),
+            "matrices": list(self.matrix_index),
             "meaning": dict(self._meaning),
             "timing": {**self.config.timing(), **self._saved_window()},
             "schedule": self._schedule.state_dict(),
@@ -127,7 +128,7 @@ class LayerwiseController:
         """
         if self.config.reset_state or not document:
             return
-        for line in state.check(document, self.config, self.directory, self._meaning):
+        for line in state.check(document, self.config, self.matrix_index, self._meaning):
             self._observer.say(line)
         self._document = dict(document)
 
@@ -183,7 +184,7 @@ class LayerwiseController:
         if not self._inseparable or saved["observed_at"] is None:
             return saved
         tables = {
-            name: share_multipliers(saved[name], self.directory, "projection", self._inseparable)
+            name: share_multipliers(saved[name], self.matrix_index, "projection", self._inseparable)
             for name in ("old", "new")
         }
         return {**saved, **tables}
@@ -195,9 +196,9 @@ class LayerwiseController:
         self._rates_read = any(writes for writes, _ in told)
         self._engine.readers = [rank for rank, (_, reads) in enumerate(told) if reads]
         every_matrix = self._rates_read and self.config.log_matrices == "all"
-        if every_matrix and len(self.directory) > _MANY:
+        if every_matrix and len(self.matrix_index) > _MANY:
             observer.say(
-                f"{len(self.directory)} matrices, each with rows and curves of its own; "
+                f"{len(self.matrix_index)} matrices, each with rows and curves of its own; "
                 f"{flag('log_matrices')} roles logs blocks and roles instead"
             )
 
@@ -233,19 +234,19 @@ class LayerwiseController:
         # A policy may leave others out on purpose.
         kept = [m for m, alpha in alphas.items() if m not in targets and not math.isfinite(alpha)]
         # What is too small to be measured is at 1, whatever it last shared with others.
-        before = {m: v for m, v in self._schedule.targets.items() if self.directory[m].tunable}
+        before = {m: v for m, v in self._schedule.targets.items() if self.matrix_index[m].tunable}
         shared = share_multipliers(
             {**before, **targets},
-            self.directory,
+            self.matrix_index,
             self.config.granularity,
             self._inseparable,
-            held_at_one(self.directory, self.config),
+            held_at_one(self.matrix_index, self.config),
         )
         self._schedule.observe(self.next_update, shared)
         self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
         self._report(measurement, kept)
         self._observer.measured(
-            self.next_update, measurement.table, shared, self.directory, measurement.spectra
+            self.next_update, measurement.table, shared, self.matrix_index, measurement.spectra
         )
 
     def _targets(self, alphas: Mapping[str, float]) -> dict[str, float]:
@@ -261,7 +262,7 @@ class LayerwiseController:
     def _exponents(self, measurement: Measurement) -> dict[str, float]:
         """Exponent of every tunable matrix; NaN where there is none."""
         exponents = {}
-        for matrix, info in self.directory.items():
+        for matrix, info in self.matrix_index.items():
             if info.tunable:
                 record = measurement.table.get(matrix)
                 alpha = record.alpha(self.config.estimator) if record else None
@@ -287,7 +288,7 @@ class LayerwiseController:
     def _observe_rates(self, done: int) -> None:
         """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
         assert self._schedule is not None
-        matrices = list(self.directory)
+        matrices = list(self.matrix_index)
         sums = self._layer_groups.local_sums(self._catalog, matrices, self._device)
         with exchange("the log of learning rates"):
             dist.all_reduce(sums)
@@ -299,7 +300,7 @@ class LayerwiseController:
             matrices, sums.tolist(), strict=True
         ):
             # Replicas bring equal shares: the ratio of element counts is their number.
-            norm = (squares * self.directory[matrix].numel / count) ** 0.5 if count else 0.0
+            norm = (squares * self.matrix_index[matrix].numel / count) ** 0.5 if count else 0.0
             factor = used[matrix] if self._on_rate else 1.0
             rate = weighted_rate / count * factor if count else math.nan
             effective = rate / norm if norm > 0 else math.nan

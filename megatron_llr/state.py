@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_llr.config import WINDOW, LLRConfig, flag
 from megatron_llr.errors import user_error
-from megatron_llr.records import Directory
+from megatron_llr.matrices.info import MatrixIndex
 
 VERSION = 2
 """2: in a checkpoint every matrix id stands once, with lists of numbers beside the list of ids."""
@@ -94,7 +94,7 @@ def _some(names: set[str]) -> str:
 def check(
     document: Mapping[str, Any],
     config: LLRConfig,
-    directory: Directory,
+    matrix_index: MatrixIndex,
     meaning: Mapping[str, Any],
 ) -> list[str]:
     """Refuse a document that this run cannot go on from.
@@ -102,7 +102,7 @@ def check(
     Args:
         document: as `decode` gives it.
         config: settings of this run.
-        directory: matrices of this run.
+        matrix_index: matrices of this run.
         meaning: what this run's state would keep as its meaning.
 
     Returns:
@@ -120,7 +120,7 @@ def check(
             allowed=f"up to {VERSION}",
             remedy=f"install a newer megatron-llr; {remedy}",
         )
-    saved, here = set(document["matrices"]), set(directory)
+    saved, here = set(document["matrices"]), set(matrix_index)
     if saved != here:
         raise user_error(
             "the checkpoint's extension state names other matrices",

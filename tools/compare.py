@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_llr.compare.grid import Grid, read_grid
-from megatron_llr.compare.runner import command, pending, run_grid
+from megatron_llr.tools.compare.grid import Grid, read_grid
+from megatron_llr.tools.compare.jobs import command, pending, run_grid
 
 say = partial(print, flush=True)
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP)
@@ -26,7 +26,7 @@ _ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 def write_report(grid: Grid) -> None:
     """Read what is done, write the report and print its table."""
-    from megatron_llr.compare.report import report
+    from megatron_llr.tools.compare.report import report
 
     print(report(grid))
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_llr.convert.command import main
+from megatron_llr.tools.convert.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     parser.add_argument("prefix", help="path of the dataset without suffix")
     prefix = parser.parse_args().prefix
     launch.prepare_device(["--llr-device", "cpu"])
-    from megatron_llr.data import byte_level
-    from megatron_llr.data.pair import PairWriter
+    from megatron_llr.tools.preprocess import byte_level
+    from megatron_llr.tools.preprocess.pair import PairWriter
 
     with PairWriter(prefix, byte_level.VOCAB_SIZE, overwrite=True) as pair:
         for text in byte_level.standard_library_sources():

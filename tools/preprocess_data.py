@@ -3,7 +3,7 @@
 import sys
 
 # Workers are spawned and import this file: nothing heavy here.
-from megatron_llr.data import command
+from megatron_llr.tools.preprocess import cli
 
 if __name__ == "__main__":
-    sys.exit(command.main())
+    sys.exit(cli.main())

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_llr.compare.results import VALIDATION, scalars
-from megatron_llr.observe import plots
-from megatron_llr.observe.read_logs import last_measurement, last_role_table
+from megatron_llr.telemetry import plots
+from megatron_llr.telemetry.read_logs import last_measurement, last_role_table
+from megatron_llr.tools.compare.results import VALIDATION, scalars
 
 
 def validation_loss(folder: Path) -> str | None:

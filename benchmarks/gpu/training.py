@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 
 class _Watch:
@@ -69,7 +69,7 @@ def _time_steps(training: Any, watch: _Watch, *, in_turn: bool) -> None:
 
 
 def _watch_measurements(watch: _Watch, *, measured: bool) -> None:
-    from megatron_llr.engine import measure
+    from megatron_llr.measurement import measure
 
     original = measure.SpectrumEngine.measure
 
@@ -113,11 +113,14 @@ def train(
         (matrices, seconds) of every measurement; peak bytes; what the optimizers take.
     """
     sys.argv[1:] = launch.prepare_device(["--llr-device", device, *flags])
-    from megatron_llr import host
-    from megatron_llr.training import job
+    import megatron.training.training as training_module
+    from megatron.training import get_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_llr.megatron import job
 
     watch = _Watch()
-    training = host.training_module
+    training = training_module
     kept: list[Any] = []
     setup = training.setup_model_and_optimizer
 
@@ -135,8 +138,8 @@ def train(
         job.pretrain()
     else:
         job.use_prebuilt_dataset_helpers()
-        job.run_loop(host.parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
-    args = host.get_args()
+        job.run_loop(parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
+    args = get_args()
     groups = getattr(kept[0], "llr_layer_groups", None)
     return {
         "losses": watch.losses,

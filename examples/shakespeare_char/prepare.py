@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 # The split of nanoGPT's data/shakespeare_char/prepare.py.
 TRAIN_SHARE = 0.9
@@ -41,7 +41,7 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     launch.prepare_device(["--llr-device", "cpu"])
-    from megatron_llr.data.pair import PairWriter
+    from megatron_llr.tools.preprocess.pair import PairWriter
 
     cut = int(len(ids) * TRAIN_SHARE)
     for name, part in (("train", ids[:cut]), ("valid", ids[cut:])):

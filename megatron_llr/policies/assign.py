@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
+from megatron_llr.matrices.ids import EMBEDDING_IDS, block_key
 from megatron_llr.policies.mappings import BOUNDED, MAPPINGS, Bounds, Scale
-from megatron_llr.records import EMBEDDING_IDS, block_key
 
 WITHIN_BLOCK = "block-"
 

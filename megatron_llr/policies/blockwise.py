@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
+from megatron_llr.matrices.ids import EMBEDDING_IDS, value_for_role
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import EMBEDDING_IDS, value_for_role
 
 # Ratios to the rate of the norms, whose multiplier is 1 here always (README of the authors' code,
 # Wongboo/BlockwiseLearningRate at 30f42b9; tuned once, on a LLaMA of 0.25B).

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_llr.config import LLR_TABLE, LLRConfig, flag
 from megatron_llr.errors import user_error
+from megatron_llr.matrices.ids import EMBEDDING_IDS, ROLES, ROUTER, value_for_role
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import EMBEDDING_IDS, ROLES, ROUTER, value_for_role
 
 # What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
 # read off its figure (6.2, 7.7, 13.5 and 25e-4) over the base rate of 5e-4. Good to a few percent.

@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from megatron_llr.config import LLRConfig
+from megatron_llr.matrices.ids import block_of
 from megatron_llr.policies.mean import mean_one
-from megatron_llr.records import block_of
 
 
 def depths(matrices: Mapping[str, float]) -> dict[str, float]:

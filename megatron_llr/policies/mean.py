@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
-from megatron_llr.records import EMBEDDING_IDS
+from megatron_llr.matrices.ids import EMBEDDING_IDS
 
 
 def mean_one(targets: Mapping[str, float], config: LLRConfig) -> dict[str, float]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
+from megatron_llr.matrices.ids import ROUTER, role_of
 from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
-from megatron_llr.records import ROUTER, role_of
 
 Policy = Callable[[Mapping[str, float], LLRConfig], Mapping[str, float]]
 """(matrix id -> exponent, settings) -> (matrix id -> multiplier).

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_llr.config import LLRConfig
+from megatron_llr.matrices.ids import EMBEDDING_IDS, model_order
 from megatron_llr.policies.assign import assign_multipliers
-from megatron_llr.records import EMBEDDING_IDS, model_order
 
 
 def random(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:

@@ -7,9 +7,9 @@ import torch
 
 from megatron_llr.config import ESTIMATORS
 from megatron_llr.errors import user_error
-from megatron_llr.records import SpectrumRecord
 from megatron_llr.spectrum import tail_fit
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
+from megatron_llr.spectrum.record import SpectrumRecord
 
 # Added to probabilities and counts in the entropy (Layer-wise-Learning-Rate, olmo/LRUnbalance.py).
 _ENTROPY_EPSILON = 6e-5

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_llr.engine import measure  # noqa: E402
+from megatron_llr.measurement import measure  # noqa: E402
 
 
 def main() -> None:

@@ -166,11 +166,11 @@ REFUSED = {
 
 SERVER = """
 import contextlib, io, json, sys
-from megatron_llr.data import command
+from megatron_llr.tools.preprocess import cli
 for line in sys.stdin:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = command.main(json.loads(line))
+        code = cli.main(json.loads(line))
     print(json.dumps([code, said.getvalue()]), flush=True)
 """
 

@@ -35,16 +35,16 @@ def test_a_pair_that_reads_back_otherwise_is_not_left(tmp_path: Path) -> None:
     """A disk that changes a byte, played by the builder."""
     program = (
         "import sys\n"
-        "from megatron_llr.data import command\n"
-        "command._import_megatron()\n"
-        "from megatron_llr import host\n"
-        "finalize = host.IndexedDatasetBuilder.finalize\n"
+        "from megatron_llr.tools.preprocess import cli\n"
+        "cli._import_megatron()\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder\n"
+        "finalize = IndexedDatasetBuilder.finalize\n"
         "def change(self, path):\n"
         "    finalize(self, path)\n"
         "    with open(self.data_file.name, 'r+b') as file:\n"
         "        file.write(b'?')\n"
-        "host.IndexedDatasetBuilder.finalize = change\n"
-        "sys.exit(command.main(sys.argv[1:]))\n"
+        "IndexedDatasetBuilder.finalize = change\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     source = write_jsonl(tmp_path / "in.jsonl", ["abc"])
     command = [sys.executable, "-c", program, str(source), "--output", str(tmp_path / "set")]

@@ -96,9 +96,9 @@ def test_with_a_gpu_the_cpu_module_is_never_imported(gpus: bool, loaded: bool) -
     program = (
         "import sys, torch\n"
         f"torch.cuda.is_available = lambda: {gpus}\n"
-        "from megatron_llr.runtime import launch\n"
+        "from megatron_llr.megatron import launch\n"
         "arguments = launch.prepare_device(['--lr', '1'])\n"
-        f"assert ('megatron_llr.runtime.cpu' in sys.modules) is {loaded}\n"
+        f"assert ('megatron_llr.cpu.emulation' in sys.modules) is {loaded}\n"
         f"assert ('--distributed-backend=gloo' in arguments) is {loaded}\n"
         "assert arguments[-2:] == ['--lr', '1']\n"
     )

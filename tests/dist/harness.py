@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_llr.runtime import launch
+from megatron_llr.megatron import launch
 
 launch.prepare_device(["--llr-device", "cpu"])
 
+import megatron.training.training as training_module  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from megatron.core.models.common.embeddings import (  # noqa: E402
     rotary_pos_embedding as rotary,
@@ -23,15 +25,20 @@ from megatron.core.models.common.embeddings import (  # noqa: E402
 from megatron.core.models.common.embeddings import (  # noqa: E402
     yarn_rotary_pos_embedding as yarn,
 )
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import get_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
-from megatron_llr import host  # noqa: E402
 from megatron_llr.controller import LayerwiseController  # noqa: E402
-from megatron_llr.engine.exchange import assemble, cut  # noqa: E402
+from megatron_llr.measurement.exchange import assemble, cut  # noqa: E402
+from megatron_llr.megatron import job  # noqa: E402
+from megatron_llr.megatron.catalog import build_catalog  # noqa: E402
 from megatron_llr.ranks import gather_objects  # noqa: E402
-from megatron_llr.sharding.catalog import build_catalog  # noqa: E402
-from megatron_llr.training import job  # noqa: E402
 from tests.dist.memo import remember  # noqa: E402
 
 remember()
@@ -112,7 +119,7 @@ class Run:
         return {
             f"{index}.{name}": parameter.detach().clone()
             for index, chunk in enumerate(self.model)
-            for name, parameter in host.unwrap_model(chunk).named_parameters()
+            for name, parameter in unwrap_model(chunk).named_parameters()
         }
 
     def whole_weights(
@@ -154,7 +161,7 @@ OnUpdate = Callable[[Run, int, bool], None]
 
 def drop_groups() -> None:
     """Destroy the process groups of earlier runs: each holds threads of its own."""
-    host.mpu.destroy_model_parallel()
+    mpu.destroy_model_parallel()
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
@@ -183,10 +190,10 @@ def clean_up() -> None:
     for embedding in (rotary.RotaryEmbedding, yarn.YarnRotaryEmbedding):
         for method in vars(embedding).values():
             getattr(method, "cache_clear", lambda: None)()
-    host.destroy_global_vars()
-    host.mpu.destroy_model_parallel()
-    host.destroy_num_microbatches_calculator()
-    host.destroy_rerun_state_machine()
+    destroy_global_vars()
+    mpu.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
     # They keep process groups, on ranks that a later run may leave without such layers.
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker.clear()
@@ -207,7 +214,7 @@ def _recorded(
     run: Run, on_update: OnUpdate | None, on_built: Callable[[Run], None] | None
 ) -> Iterator[None]:
     """Keep losses, model and optimizer of the run that happens inside."""
-    training = host.training_module
+    training = training_module
     names = ("training_log", "setup_model_and_optimizer", "train_step")
     before = {name: getattr(training, name) for name in names}
 
@@ -229,7 +236,7 @@ def _recorded(
     @functools.wraps(before["train_step"])
     def train_step(*args: Any, **kwargs: Any) -> Any:
         assert on_update is not None
-        update = host.get_args().curr_iteration + 1
+        update = get_args().curr_iteration + 1
         on_update(run, update, False)
         result = before["train_step"](*args, **kwargs)
         on_update(run, update, True)
@@ -259,7 +266,7 @@ def _stop(flags: list[str]) -> Iterator[None]:
 def _train_plain() -> None:
     """Megatron's loop without the extension: the control of every comparison."""
     job.use_prebuilt_dataset_helpers()
-    job.run_loop(host.parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
+    job.run_loop(parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
 
 
 def train(

@@ -10,13 +10,12 @@ from typing import Any
 
 import megatron.core.datasets.gpt_dataset as gpt_dataset
 import numpy as np
-
-from megatron_llr import host
+from megatron.training.argument_utils import ArgumentGroupFactory
 
 
 def remember() -> None:
     """Memoise them, and keep the garbage collector from walking through all imported modules."""
-    factory: Any = host.ArgumentGroupFactory
+    factory: Any = ArgumentGroupFactory
     plain = factory._get_field_docstrings
     # It asks nothing of the factory but itself, for parent classes.
     docstrings = functools.cache(lambda kind: plain(factory.__new__(factory), kind))

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Run, train
+from megatron.core.utils import unwrap_model
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from megatron_llr import host
-from megatron_llr.optim.masters import leaf_optimizers
+from megatron_llr.megatron import weight_names
+from megatron_llr.megatron.catalog import build_catalog
+from megatron_llr.megatron.stepped_tensors import leaf_optimizers
 from megatron_llr.ranks import gather_objects
-from megatron_llr.sharding import families
-from megatron_llr.sharding.catalog import build_catalog
 from tests.reference import llr as reference
 
 FLAGS = {1: "", 2: "--pipeline-model-parallel-size 2"}
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.world_size(1, 2)
 @pytest.fixture
 def _without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables as they would be if nobody had heard of a model's weight."""
-    monkeypatch.delitem(families._BY_PATH, STRANGER)
+    monkeypatch.delitem(weight_names._BY_PATH, STRANGER)
 
 
 @pytest.mark.usefixtures("_without_a_row")
@@ -43,7 +43,7 @@ def test_skipped_it_is_trained_at_the_base_rate(capfd: pytest.CaptureFixture[str
     rates: dict[str, float] = {}
 
     def strangers(run: Run) -> dict[str, Any]:
-        named = host.unwrap_model(run.model[0]).named_parameters()
+        named = unwrap_model(run.model[0]).named_parameters()
         return {name: p for name, p in named if name.endswith(STRANGER)}
 
     def check(run: Run, update: int, done: bool) -> None:
@@ -75,7 +75,7 @@ def test_skipped_it_is_trained_at_the_base_rate(capfd: pytest.CaptureFixture[str
 
 def test_weights_cut_in_other_ways_are_refused_by_the_flag_that_cuts_them() -> None:
     def spoil(run: Run) -> None:
-        model = host.unwrap_model(run.model[0])
+        model = unwrap_model(run.model[0])
         layer = model.decoder.layers[0].self_attention
         layer.linear_proj.weight.is_gtp_weight_remat = True
         with pytest.raises(RuntimeError, match="--tensor-parallel-num-weight-shards 1"):

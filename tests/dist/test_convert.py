@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Run, train
+from megatron.core import parallel_state as mpu
+from megatron.core.utils import unwrap_model
 from transformers import AutoModelForCausalLM
 
-from megatron_llr import host
-from megatron_llr.convert.options import FLAGS, STATE, Options
-from megatron_llr.convert.to_hugging_face import to_hugging_face
-from megatron_llr.convert.to_megatron import to_megatron
 from megatron_llr.ranks import gather_objects, together
+from megatron_llr.tools.convert.options import FLAGS, STATE, Options
+from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
+from megatron_llr.tools.convert.to_megatron import to_megatron
 from tests.reference import families
 
 LAYOUTS = {
@@ -34,15 +35,15 @@ TOKENS = torch.randint(250, (2, 16), generator=torch.Generator().manual_seed(3))
 
 def logits(run: Run) -> torch.Tensor:
     """Megatron's logits of TOKENS, [batch, sequence, padded vocabulary], on every rank."""
-    model = host.unwrap_model(run.model[0])
+    model = unwrap_model(run.model[0])
     was_training = model.training
     positions = torch.arange(16).expand_as(TOKENS)
     mask = torch.ones(1, 1, 16, 16).triu(1).bool()
     forward = functools.partial(model.eval(), TOKENS, positions, mask)
     with torch.no_grad():
-        if host.mpu.get_pipeline_model_parallel_world_size() == 1:
+        if mpu.get_pipeline_model_parallel_world_size() == 1:
             found = gather_objects(forward())
-            parts = found if host.mpu.get_tensor_model_parallel_world_size() > 1 else found[:1]
+            parts = found if mpu.get_tensor_model_parallel_world_size() > 1 else found[:1]
         else:
             hidden = gather_objects(forward() if dist.get_rank() == 0 else None)[0]
             if dist.get_rank() == 1:

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from harness import train
 from layouts import HERE, Layout
+from megatron.core.utils import unwrap_model
 
-from megatron_llr import host
-from megatron_llr.engine import measure
-from megatron_llr.optim.masters import leaf_optimizers, masters_of
+from megatron_llr.measurement import measure
+from megatron_llr.megatron.model_chunks import process_groups
+from megatron_llr.megatron.stepped_tensors import leaf_optimizers, stepped_tensors_of
 from megatron_llr.ranks import gather_objects
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.spectrum.farms import farms_eigenvalues
@@ -45,7 +46,7 @@ def test_no_spectrum_is_computed_twice_anywhere(
     solved = [shape for told in gather_objects(shapes) for shape in told]
     expected = [
         (info.rows, info.columns)
-        for matrix, info in run.controller.directory.items()
+        for matrix, info in run.controller.matrix_index.items()
         if matrix not in ("embedding", "head")
     ]
     assert sorted(solved) == sorted(expected)
@@ -57,7 +58,7 @@ def test_sharded_pools_the_singular_values_of_the_shards(layout: Layout) -> None
     run.controller._engine.readers = range(dist.get_world_size())
     spectra = run.controller._engine.measure().spectra
     assert len(spectra) == 28
-    ways = len(next(iter(run.controller.directory.values())).holders[0])
+    ways = len(next(iter(run.controller.matrix_index.values())).holders[0])
     for matrix, weight in run.whole_weights().items():
         if matrix in spectra:
             role = matrix.rsplit(".", 1)[-1]
@@ -104,7 +105,7 @@ def test_a_measured_embedding_does_not_depend_on_padding(split_layout: Layout) -
     for divisible in (2, 32):
         flags = f"--make-vocab-size-divisible-by {divisible} --llr-embedding measured"
         run = train(split_layout.flags, flags, "--exit-interval 1")
-        assert run.controller.directory["head"].rows == 250
+        assert run.controller.matrix_index["head"].rows == 250
         from tests.reference.llr import hill_median
 
         whole = run.whole_weights()
@@ -150,13 +151,13 @@ def test_masters_are_measured_whole(layout: Layout) -> None:
     measured = run.controller._engine.measure().table
     slices = {}
     for leaf in leaf_optimizers(run.optimizer):
-        for master in masters_of(leaf):
+        for master in stepped_tensors_of(leaf):
             flat = master.tensor.detach().view(-1).clone()
             slices[id(master.parameter)] = (master.start, flat)
     # Put the fp32 copies in place of the weights, then read those whole.
-    groups = host.process_groups(run.model)
+    groups = process_groups(run.model)
     for chunk in run.model:
-        for parameter in host.unwrap_model(chunk).parameters():
+        for parameter in unwrap_model(chunk).parameters():
             start, flat = slices.get(id(parameter), (0, torch.empty(0)))
             replicas = groups.dp if getattr(parameter, "allreduce", True) else groups.expt_dp
             told: list[Any] = [None] * dist.get_world_size(replicas)

@@ -156,7 +156,7 @@ def test_multipliers_do_not_depend_on_the_layout(job: tuple[Model, str]) -> None
     """Ids, shapes, exponents and multipliers are what one process finds on whole weights."""
     model, layout = job
     run = measured(model, layout)
-    found = {m: (info.rows, info.columns) for m, info in run.controller.directory.items()}
+    found = {m: (info.rows, info.columns) for m, info in run.controller.matrix_index.items()}
     told = gather_objects((found, run.alphas, run.multipliers))
     assert all(other == told[0] for other in told), "bit for bit on all ranks"
     assert found == model.matrices()

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr import host, state
+from megatron_llr import state
+from megatron_llr.megatron import versions
 from megatron_llr.ranks import gather_objects, require_equal, together
 
 # Four ranks would need a layout of their own; what is said on two is said on all.
@@ -69,14 +70,14 @@ def test_a_policy_of_ones_own_must_be_there_and_give_the_same_on_every_rank(
 
 @pytest.mark.parametrize("found", ["0.16.1", "0.20.0"])
 def test_another_megatron_core_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.metadata, "version", lambda name: found)
+    monkeypatch.setattr(versions.metadata, "version", lambda name: found)
     with pytest.raises(ValueError, match=rf"megatron-core: got {found}; allowed: >=0.19,<0.20"):
-        host.check_version()
+        versions.check_version()
 
 
 def spoil(run: Run, matrix: str, value: float) -> None:
     """Overwrite one matrix of the model on the ranks that hold it."""
-    from megatron_llr.sharding.catalog import build_catalog
+    from megatron_llr.megatron.catalog import build_catalog
 
     for shard in build_catalog(run.model).shards:
         if shard.matrix == matrix:

@@ -10,10 +10,10 @@ from harness import Run, train
 from layouts import HERE, Layout
 
 from megatron_llr import assign_multipliers
-from megatron_llr.optim.masters import leaf_optimizers, masters_of
+from megatron_llr.matrices.layout import flat_ranges
+from megatron_llr.megatron.catalog import build_catalog
+from megatron_llr.megatron.stepped_tensors import leaf_optimizers, stepped_tensors_of
 from megatron_llr.ranks import gather_objects
-from megatron_llr.sharding.catalog import build_catalog
-from megatron_llr.sharding.layout import flat_ranges
 from tests.reference import llr as reference
 
 UPDATES = 8
@@ -87,7 +87,7 @@ def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torc
     """(matrix, tensor, leaf, mask of its elements) for all that this rank steps."""
     shards = build_catalog(run.model).shards
     for leaf in leaf_optimizers(run.optimizer):
-        for master in masters_of(leaf):
+        for master in stepped_tensors_of(leaf):
             rest = torch.ones(master.tensor.numel(), dtype=torch.bool)
             for shard in shards:
                 if shard.parameter is master.parameter:

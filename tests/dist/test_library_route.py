@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_llr import LLRConfig
-from megatron_llr.library import UNSTEPPABLE
-from megatron_llr.optim.masters import leaf_optimizers
+from megatron_llr.megatron.library import UNSTEPPABLE
+from megatron_llr.megatron.stepped_tensors import leaf_optimizers
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SEQUENCE, VOCABULARY = 16, 64

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Run, train
+from megatron.core import parallel_state as mpu
+from megatron.core.utils import unwrap_model
 
-from megatron_llr import host
+from megatron_llr.megatron.catalog import build_catalog
 from megatron_llr.ranks import gather_objects, together
-from megatron_llr.sharding.catalog import build_catalog
-from megatron_llr.training import gpt
 from tests.reference import llama
 from tests.reference import llr as reference
 
@@ -43,8 +43,8 @@ def load_into(run: Run, model: Any, blocks: int) -> None:
         for span in here.spans:
             rows = whole[span.logical : span.logical + span.count, columns]
             shard.parameter.data[span.local : span.local + span.count] = rows
-    if host.mpu.get_pipeline_model_parallel_world_size() == 1:
-        parameters = dict(host.unwrap_model(run.model[0]).named_parameters())
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        parameters = dict(unwrap_model(run.model[0]).named_parameters())
         for ours, theirs in llama.norm_names(blocks).items():
             parameters[ours].data.copy_(state[theirs])
     run.optimizer.reload_model_params()
@@ -94,7 +94,7 @@ def test_the_loaded_model_is_the_same_function() -> None:
         positions = torch.arange(16).expand_as(tokens)
         mask = torch.ones(1, 1, 16, 16).triu(1).bool()
         with torch.no_grad():
-            local = host.unwrap_model(built.model[0]).eval()(tokens, positions, mask)
+            local = unwrap_model(built.model[0]).eval()(tokens, positions, mask)
         parts = gather_objects(local)
         found.append(torch.cat(parts, dim=-1) if local.shape[-1] < 256 else local)
 
@@ -108,20 +108,20 @@ def test_the_loaded_model_is_the_same_function() -> None:
 @contextlib.contextmanager
 def recorded_batches(batches: list[tuple[int, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """Keep the microbatches that this rank trains on, with its data-parallel rank."""
-    next_batch = gpt._next_batch
+    next_batch = batches._next_batch
 
     def keep(*args: Any) -> Any:
         batch = next_batch(*args)
         assert float(batch["loss_mask"].min()) == 1.0
-        rank = host.mpu.get_data_parallel_rank()
+        rank = mpu.get_data_parallel_rank()
         batches.append((rank, batch["tokens"].clone(), batch["labels"].clone()))
         return batch
 
-    gpt._next_batch = keep
+    batches._next_batch = keep
     try:
         yield
     finally:
-        gpt._next_batch = next_batch
+        batches._next_batch = next_batch
 
 
 @pytest.mark.world_size(1, 2, 3, 4, 6)

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from harness import Run, train
 from layouts import HERE
 
-from megatron_llr import controller, host
-from megatron_llr.engine import measure
-from megatron_llr.observe.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
-from megatron_llr.optim.layer_groups import LayerGroups
+from megatron_llr import controller
+from megatron_llr.measurement import measure
+from megatron_llr.megatron import seams
+from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.ranks import together
+from megatron_llr.telemetry.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
 from tests.reference import llr as reference
 
 FLAGS = next(iter(HERE)).flags
@@ -97,7 +98,7 @@ def test_scalars_reach_tensorboard_and_wandb(
 ) -> None:
     """W&B's at the iteration that Megatron logs next: at a later one it would drop Megatron's."""
     wandb = Rows()
-    monkeypatch.setattr(host, "get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(seams, "get_wandb_writer", lambda: wandb)
     flags = f"--tensorboard-dir {shared_dir / 'tb'} --log-interval 4 --llr-log-relative-update"
     train(FLAGS, flags, "--log-memory-to-tensorboard")
     assert list(dict.fromkeys(wandb.logged)) == [(0, 1), (3, 4), (4, 4), (8, 8)]

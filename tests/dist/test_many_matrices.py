@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_llr.engine import exchange
+from megatron_llr.matrices.index import build_matrix_index
+from megatron_llr.matrices.layout import Placement, Span
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.measurement import exchange
 from megatron_llr.ranks import gather_distinct, gather_objects, require_equal
-from megatron_llr.sharding.directory import build_directory
-from megatron_llr.sharding.layout import Placement, Span
-from megatron_llr.sharding.shard import MatrixShard
 
 
 @pytest.mark.world_size(1, 2, 4)
@@ -83,13 +83,13 @@ def test_the_directory_is_the_plain_merge_of_what_ranks_hold() -> None:
     for told in gather_objects([(s.matrix, s.ranks) for s in shards if not s.copy]):
         for matrix, ranks in told:
             plain[matrix].add(ranks)
-    directory = build_directory(shards)
-    assert {m: info.holders for m, info in directory.items()} == {
+    matrix_index = build_matrix_index(shards)
+    assert {m: info.holders for m, info in matrix_index.items()} == {
         matrix: tuple(sorted(groups)) for matrix, groups in plain.items()
     }
-    holders = [info.holders for info in directory.values()]
+    holders = [info.holders for info in matrix_index.values()]
     assert len({id(found) for found in holders}) == len(set(holders))
     assert len(plain["block.0.mlp.expert.1.up"]) == world // 2
     other = MatrixShard("head", "c", parameter, 64 + here, 64, (), (here,), None)
     with pytest.raises(RuntimeError, match=r"ranks disagree about the shape of head.*on rank 1"):
-        build_directory([*shards, other])
+        build_matrix_index([*shards, other])

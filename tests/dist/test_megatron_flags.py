@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from harness import train
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.rerun_state_machine import RerunStateMachine
 
-from megatron_llr import host
+from megatron_llr.megatron import batches
 
 pytestmark = pytest.mark.world_size(1)
 
 
 def write_pair(prefix: Path, documents: int) -> str:
     """A pair of random tokens, as --data-path names it."""
-    builder = host.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     draw = torch.Generator().manual_seed(documents)
     for _ in range(documents):
         builder.add_document(torch.randint(0, 250, (40,), generator=draw), [40])
@@ -30,13 +32,13 @@ def test_flags_of_the_datasets_reach_them(
     shared_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[dict[str, Any]] = []
-    plain = host.GPTDatasetConfig
+    plain = GPTDatasetConfig
 
     def recorded(**settings: Any) -> Any:
         told.append(settings)
         return plain(**settings)
 
-    monkeypatch.setattr(host, "GPTDatasetConfig", recorded)
+    monkeypatch.setattr(batches, "GPTDatasetConfig", recorded)
     # Megatron takes no --split beside a set per split.
     at = harness.TRAINING.index("--split")
     monkeypatch.setattr(harness, "TRAINING", harness.TRAINING[:at] + harness.TRAINING[at + 2 :])

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
 
-from megatron_llr import host
+from megatron_llr.megatron.flags import refuse_unsupported
 from megatron_llr.ranks import gather_objects
-from megatron_llr.training.arguments import refuse_unsupported
 from tests.dist.models import LAYOUTS, MODELS
 from tests.reference import llr as reference
 
@@ -25,7 +25,7 @@ from tests.reference import llr as reference
 def _state(run: Run) -> dict[str, object]:
     """Every chunk's part of one checkpoint, whichever layout it has."""
     return {
-        f"model{index}": host.unwrap_model(chunk).sharded_state_dict()
+        f"model{index}": unwrap_model(chunk).sharded_state_dict()
         for index, chunk in enumerate(run.model)
     }
 
@@ -38,7 +38,7 @@ def _start_from(folder: Path) -> Callable[[Run], None]:
     def load(run: Run) -> None:
         loaded = dist_checkpointing.load(_state(run), str(folder))
         for index, chunk in enumerate(run.model):
-            host.unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
+            unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
         run.optimizer.reload_model_params()
 
     return load

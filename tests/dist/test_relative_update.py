@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 from layouts import LAYOUTS, Layout
+from megatron.core import parallel_state as mpu
 
-from megatron_llr.host import mpu
-from megatron_llr.optim import layer_groups
-from megatron_llr.optim.masters import leaf_optimizers, masters_of
+from megatron_llr.megatron.stepped_tensors import leaf_optimizers, stepped_tensors_of
+from megatron_llr.param_groups import layer_groups
 from megatron_llr.ranks import together
 
 NAMES = "tp1 tp1-bf16 tp2 pp2 dp2 dp2-bf16 dp2-distopt dp2-distopt-bf16"
@@ -28,7 +28,7 @@ def stepped_weights(run: Run) -> dict[int, torch.nn.Parameter]:
         for parameter in chunk.parameters()
     }
     for leaf in leaf_optimizers(run.optimizer):
-        for master in masters_of(leaf):
+        for master in stepped_tensors_of(leaf):
             whole = wholes[id(master.parameter)]
             whole[master.start : master.stop] = master.tensor.detach().view(-1)
     distributed = any(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr.training import gpt
+from megatron_llr.megatron import batches
 
 LAYOUTS = {
     1: ["", "--global-batch-size 2 --micro-batch-size 2"],
@@ -66,14 +66,14 @@ def test_every_policy_begins_at_the_same_loss() -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Tokens of every sample that --llr-fixed-validation gives, as they are asked for."""
     found: list[tuple[int, ...]] = []
-    inner = gpt.RepeatedDataset.__getitem__
+    inner = batches.RepeatedDataset.__getitem__
 
-    def recorded(self: gpt.RepeatedDataset, index: int) -> Any:
+    def recorded(self: batches.RepeatedDataset, index: int) -> Any:
         sample = inner(self, index)
         found.append(tuple(sample["tokens"].tolist()))
         return sample
 
-    monkeypatch.setattr(gpt.RepeatedDataset, "__getitem__", recorded)
+    monkeypatch.setattr(batches.RepeatedDataset, "__getitem__", recorded)
     return found
 
 
@@ -119,15 +119,15 @@ def test_evaluations_have_a_micro_batch_size_of_their_own(
     fixed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[bool, set[torch.Size]] = {True: set(), False: set()}
-    inner = gpt._next_batch
+    inner = batches._next_batch
 
-    def recorded(*args: Any) -> gpt.Batch:
+    def recorded(*args: Any) -> batches.Batch:
         batch = inner(*args)
         assert batch["tokens"] is not None
         taken[torch.is_grad_enabled()].add(batch["tokens"].shape)
         return batch
 
-    monkeypatch.setattr(gpt, "_next_batch", recorded)
+    monkeypatch.setattr(batches, "_next_batch", recorded)
     train(
         f"--tensor-model-parallel-size {dist.get_world_size()} --eval-micro-batch-size 2",
         f"--eval-iters 2 --eval-interval 4 {fixed}",

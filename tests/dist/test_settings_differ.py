@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from harness import train
 
-from megatron_llr import LLRConfig, host, library, state
+from megatron_llr import LLRConfig, state
 from megatron_llr.config import flag
-from megatron_llr.observe.observer import Observer
+from megatron_llr.megatron import library, versions
 from megatron_llr.ranks import gather_objects, require_equal
+from megatron_llr.telemetry.observer import Observer
 
 pytestmark = pytest.mark.world_size(2)
 
@@ -143,7 +144,7 @@ def test_a_start_that_differs_is_found_before_the_first_measurement(what: str, b
 
 def test_a_version_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_rank("0.19.2", "0.19.3")
-    monkeypatch.setattr(host.metadata, "version", lambda name: found)
+    monkeypatch.setattr(versions.metadata, "version", lambda name: found)
     with pytest.raises(RuntimeError) as caught:
         library.require_same_settings(LLRConfig())
     text = told_everywhere(caught)

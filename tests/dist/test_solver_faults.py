@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr.engine import measure
-from megatron_llr.engine.measure import SpectrumEngine
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.measurement import measure
+from megatron_llr.measurement.measure import SpectrumEngine
 from megatron_llr.ranks import gather_objects, together
-from megatron_llr.sharding.shard import MatrixShard
 from megatron_llr.spectrum import eigenvalues
 
 pytestmark = pytest.mark.world_size(2)

@@ -114,9 +114,9 @@ def layouts_table() -> str:
 
 def refused_table() -> str:
     """Flags that are refused, with the reason, from the table that refuses them."""
-    from megatron_llr.training import arguments
+    from megatron_llr.megatron import flags
 
-    reasons = arguments._REASONS
+    reasons = flags._REASONS
     absent = ((False,), (None,), (None, ""), (1,))
     rows = [
         [
@@ -124,7 +124,7 @@ def refused_table() -> str:
             "No" if fine in absent else f"but {', '.join(str(value) for value in fine)}: No",
             reasons.get(flag, "nobody has tried it"),
         ]
-        for _, fine, flag in arguments._UNSUPPORTED
+        for _, fine, flag in flags._UNSUPPORTED
     ]
     return _table(["flag", "", "because"], rows)
 
@@ -143,7 +143,7 @@ def with_tables(page: str) -> str:
 
 def main() -> int:
     """Write the page, or compare it."""
-    from megatron_llr.runtime import launch
+    from megatron_llr.megatron import launch
 
     launch.prepare_device(["--llr-device", "cpu"])
     before = PAGE.read_text()

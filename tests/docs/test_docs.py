@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.compare.grid import read_grid
-from megatron_llr.convert import command as conversion
-from megatron_llr.data import command as preprocessing
+from megatron_llr.tools.compare.grid import read_grid
+from megatron_llr.tools.convert import cli as conversion
+from megatron_llr.tools.preprocess import cli as preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,10 +25,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 def known_flags() -> frozenset[str]:
     """Every flag of the real parser: Megatron's and ours."""
     program = (
-        "from megatron_llr.runtime import launch; launch.prepare_device(['--llr-device', 'cpu'])\n"
+        "from megatron_llr.megatron import launch; launch.prepare_device(['--llr-device', 'cpu'])\n"
         "import argparse\n"
         "from megatron.training.arguments import add_megatron_arguments\n"
-        "from megatron_llr.training.arguments import add_llr_arguments\n"
+        "from megatron_llr.megatron.flags import add_llr_arguments\n"
         "parser = add_llr_arguments(add_megatron_arguments(argparse.ArgumentParser()))\n"
         "print('FLAGS', *parser._option_string_actions)\n"
     )
@@ -126,10 +126,10 @@ def parsed_examples() -> dict[str, dict[str, object]]:
     """Every example's flags, parsed and checked by Megatron's own code for its number of ranks."""
     program = (
         "import json, os, sys\n"
-        "from megatron_llr.runtime import launch\n"
+        "from megatron_llr.megatron import launch\n"
         "launch.prepare_device(['--llr-device', 'cpu'])\n"
         "from megatron.training import arguments\n"
-        "from megatron_llr.training.arguments import *\n"
+        "from megatron_llr.megatron.flags import *\n"
         "found = {}\n"
         "for name, (ranks, words) in json.loads(sys.stdin.read()).items():\n"
         "    os.environ.update(WORLD_SIZE=str(ranks), RANK='0')\n"
@@ -204,19 +204,22 @@ def test_every_model_of_the_paper_has_both_scripts() -> None:
     assert (after(alone, "--nnodes"), after(alone, "--rdzv-endpoint")) == ("1", "localhost:0")
 
 
-def test_only_one_module_imports_megatron() -> None:
-    """`host.py`, and the CPU substitutions, which replace the names themselves."""
-    importing = {
-        path.relative_to(ROOT / "megatron_llr").as_posix()
-        for path in (ROOT / "megatron_llr").rglob("*.py")
-        if re.search(r"^\s*(from|import) megatron[. ]", path.read_text(), re.M)
-    }
-    assert importing == {
-        "host.py",
-        "runtime/cpu.py",
-        "runtime/cpu_hybrid.py",
-        "runtime/cpu_layers.py",
-    }
+MEGATRON_NAMES = re.compile(
+    r"shard_fp32_from_float16_groups|_get_model_param_range_map|float16_groups|chained_optimizers|"
+    r"is_stub_optimizer|tensor_model_parallel(?!_size)|partition_dim|partition_sizes|pg_collection|"
+    r"ddp_config|overlap_param_gather|hybrid_layer_pattern|layer_number|model_fp32_groups"
+)
+
+
+def test_megatron_is_known_in_one_folder() -> None:
+    """Only `megatron/` and `cpu/` use Megatron's attribute names; the tools, its public classes."""
+    for path in (ROOT / "megatron_llr").rglob("*.py"):
+        room, text = path.relative_to(ROOT / "megatron_llr").parts[0], path.read_text()
+        if room in ("megatron", "cpu"):
+            continue
+        assert not MEGATRON_NAMES.search(text) or room == "tools", path
+        imports_megatron = re.search(r"^\s*(from|import) megatron[. ]", text, re.M)
+        assert not imports_megatron or room == "tools", path
 
 
 def test_modules_are_small() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from harness import Run, train
+from megatron.core.utils import unwrap_model
 
-from megatron_llr import host
 from tests.reference.models import Model
 
 MOE = Model(experts=4, shared=96, shared_gate=True)
@@ -62,7 +62,7 @@ def test_ids_and_shapes_are_those_of_the_papers(
 def test_the_fused_down_projection_is_two_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The query's rows come first, as Megatron splits its output."""
     run = built(MLA, "--mla-down-proj-fusion", monkeypatch)
-    parameters = dict(host.unwrap_model(run.model[0]).named_parameters())
+    parameters = dict(unwrap_model(run.model[0]).named_parameters())
     fused = parameters["decoder.layers.1.self_attention.linear_qkv_down_proj.weight"]
     expected = MLA.start()
     assert run.whole_weights(250).keys() == expected.keys()

@@ -9,9 +9,9 @@ from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Flo
 from transformer_engine_torch import DType
 
 from megatron_llr import analyze_matrix
-from megatron_llr.engine.exchange import cut, read_weight
-from megatron_llr.sharding.layout import Placement, Span
-from megatron_llr.sharding.shard import MatrixShard
+from megatron_llr.matrices.layout import Placement, Span
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.measurement.exchange import cut, read_weight
 
 
 def quantised(weight: torch.Tensor) -> torch.nn.Parameter:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from harness import train
 
-from megatron_llr.optim.capability import stepping
-from megatron_llr.optim.layer_groups import InnerGroups
-from megatron_llr.optim.masters import Master
+from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.probe import stepping
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from tests.te.kernels import FusedAdamOnCPU
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -53,7 +53,7 @@ def test_fifty_steps_are_those_of_separate_tensors(name: str) -> None:
     apart = {matrix: gather(fused, matrix).clone() for matrix in RANGES}
     optimizer = FusedAdamOnCPU([{"params": [fused]}], **SETTINGS, **settings)
     parts = tuple((matrix, tuple(found)) for matrix, found in RANGES.items())
-    master = Master(fused, torch.nn.Parameter(fused))
+    master = SteppedTensor(fused, torch.nn.Parameter(fused))
     groups = InnerGroups(optimizer, {id(fused): (master, parts)}, decoupled_decay=False)
     groups.multipliers = MULTIPLIERS
     separate = FusedAdamOnCPU(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from harness import Run, train
 
-from megatron_llr.convert.options import FLAGS, Options
-from megatron_llr.convert.to_hugging_face import to_hugging_face
-from megatron_llr.convert.to_megatron import to_megatron
+from megatron_llr.tools.convert.options import FLAGS, Options
+from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
+from megatron_llr.tools.convert.to_megatron import to_megatron
 from tests.reference import families
 from tests.unit.conversion import tensors
 
@@ -63,5 +63,5 @@ def test_a_converted_checkpoint_loads_into_transformer_engine_layers(
 
 def test_an_installed_transformer_engine_is_taken_as_whole() -> None:
     """In a new process: once imported, its library is found wherever it lies."""
-    command = "from megatron_llr.packages import check_transformer_engine as c; c()"
+    command = "from megatron_llr.megatron.packages import check_transformer_engine as c; c()"
     subprocess.run([sys.executable, "-c", command], check=True)

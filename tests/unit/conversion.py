@@ -20,15 +20,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from megatron_llr import host
-from megatron_llr.convert import command, to_hugging_face, to_megatron
+from megatron_llr.megatron import model_chunks
+from megatron_llr.tools.convert import cli, to_hugging_face, to_megatron
 kind, limit, *arguments = sys.argv[1:]
 if kind == "data":
     used = next(int(line.split()[1]) for line in open("/proc/self/status") if "VmData" in line)
     resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + int(limit),) * 2)
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit),) * 2)
-sys.exit(command.main(arguments))
+sys.exit(cli.main(arguments))
 """
 
 

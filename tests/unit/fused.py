@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from megatron_llr.optim.layer_groups import InnerGroups
-from megatron_llr.optim.masters import Master
-from megatron_llr.runtime.cpu_adam import GroupStepAdamW
+from megatron_llr.cpu.adam import GroupStepAdamW
+from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 MULTIPLIERS = {"q": 1.5, "k": 5.0, "v": 0.25}
@@ -29,7 +29,7 @@ def fused_groups(
 ) -> InnerGroups:
     """Layer groups of one fused tensor."""
     parts = tuple((matrix, tuple(found)) for matrix, found in ranges.items())
-    master = Master(tensor, torch.nn.Parameter(tensor))
+    master = SteppedTensor(tensor, torch.nn.Parameter(tensor))
     groups = InnerGroups(optimizer, {id(tensor): (master, parts)}, decoupled_decay=decoupled_decay)
     groups.multipliers = MULTIPLIERS
     return groups

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_llr.engine.assignment import assign_owners, cost
-from megatron_llr.records import MatrixInfo
+from megatron_llr.matrices.info import MatrixInfo
+from megatron_llr.measurement.owners import assign_owners, cost
 
 # hidden, ffn, heads (all of them key/value heads), blocks (arXiv 2605.22297 and its repository)
 MODELS = {"1b": (2048, 5461, 24), "3b": (2560, 6848, 32)}

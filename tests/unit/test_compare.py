@@ -11,21 +11,21 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_llr.compare.checks import flagged
-from megatron_llr.compare.counterparts import effects
-from megatron_llr.compare.flags import beyond_policy, value_of
-from megatron_llr.compare.grid import Grid, Run, read_grid
-from megatron_llr.compare.report import report
-from megatron_llr.compare.results import has_diverged, read_result, write_done
-from megatron_llr.compare.runner import _prepare_folder, command, pending
-from megatron_llr.compare.statistics import (
+from megatron_llr.tools.compare.aggregate import rows_of
+from megatron_llr.tools.compare.checks import flagged
+from megatron_llr.tools.compare.counterparts import effects
+from megatron_llr.tools.compare.flags import beyond_policy, value_of
+from megatron_llr.tools.compare.grid import Grid, Run, read_grid
+from megatron_llr.tools.compare.jobs import _prepare_folder, command, pending
+from megatron_llr.tools.compare.report import report
+from megatron_llr.tools.compare.results import has_diverged, read_result, write_done
+from megatron_llr.tools.compare.statistics import (
     difference_of,
     mean_of,
     reaches,
     student_cdf,
     student_quantile,
 )
-from megatron_llr.compare.summary import rows_of
 
 MakeGrid = Callable[..., Grid]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_llr.compare.results import losses
+from megatron_llr.tools.compare.results import losses
 from tools.report_run import validation_loss
 
 

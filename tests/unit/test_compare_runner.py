@@ -11,9 +11,8 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_llr.compare.grid import Grid
-from megatron_llr.compare.results import DONE
-from megatron_llr.compare.runner import (
+from megatron_llr.tools.compare.grid import Grid
+from megatron_llr.tools.compare.jobs import (
     _finish,
     _Job,
     _job_environment,
@@ -23,6 +22,7 @@ from megatron_llr.compare.runner import (
     pending,
     run_grid,
 )
+from megatron_llr.tools.compare.results import DONE
 
 FLAGS = "--seq-length 16 --global-batch-size 4 --train-iters 100 --eval-iters 2"
 

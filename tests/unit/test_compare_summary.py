@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.compare.grid import Grid, Run
-from megatron_llr.compare.results import Result
-from megatron_llr.compare.summary import Row, effect_rows, rows_of
+from megatron_llr.tools.compare.aggregate import Row, effect_rows, rows_of
+from megatron_llr.tools.compare.grid import Grid, Run
+from megatron_llr.tools.compare.results import Result
 
 LOW, HIGH = 1e-3, 3e-3
 FLAGS = "--seq-length 16 --global-batch-size 4".split()

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_llr.convert import command, settings
-from megatron_llr.convert.architecture import Architecture
-from megatron_llr.convert.families import FAMILIES, family_for
-from megatron_llr.convert.links import links_of
-from megatron_llr.convert.options import FLAGS, HUGGING_FACE, Options
-from megatron_llr.convert.read_torch_dist import TorchDistReader
-from megatron_llr.convert.to_hugging_face import to_hugging_face
-from megatron_llr.convert.to_megatron import to_megatron
-from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
+from megatron_llr.tools.convert import cli, settings
+from megatron_llr.tools.convert.architecture import Architecture
+from megatron_llr.tools.convert.links import links_of
+from megatron_llr.tools.convert.model_families import FAMILIES, family_for
+from megatron_llr.tools.convert.options import FLAGS, HUGGING_FACE, Options
+from megatron_llr.tools.convert.read_torch_dist import TorchDistReader
+from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
+from megatron_llr.tools.convert.to_megatron import to_megatron
+from megatron_llr.tools.convert.write_torch_dist import Piece, write_torch_dist
 from tests.reference import families
 from tests.unit.conversion import limited, tensors
 
@@ -245,7 +245,7 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
 
 def test_the_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["--help"])
+        cli.main(["--help"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
     assert "example:" in text

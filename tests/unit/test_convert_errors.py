@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_llr.convert import command, settings
-from megatron_llr.convert.links import links_of
-from megatron_llr.convert.options import HUGGING_FACE, Options
-from megatron_llr.convert.read_torch_dist import iteration_folder
-from megatron_llr.convert.to_hugging_face import to_hugging_face
-from megatron_llr.convert.to_megatron import to_megatron
-from megatron_llr.convert.write_torch_dist import Piece, write_torch_dist
+from megatron_llr.tools.convert import cli, settings
+from megatron_llr.tools.convert.links import links_of
+from megatron_llr.tools.convert.options import HUGGING_FACE, Options
+from megatron_llr.tools.convert.read_torch_dist import iteration_folder
+from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
+from megatron_llr.tools.convert.to_megatron import to_megatron
+from megatron_llr.tools.convert.write_torch_dist import Piece, write_torch_dist
 from tests.unit.conversion import limited, tensors
 
 
@@ -95,7 +95,7 @@ def test_a_bad_hugging_face_folder_is_refused(
     """One line that names the trouble, exit code 1, and nothing left behind."""
     change, expected = BAD_MODELS[spoil]
     change(llama)
-    assert command.main([str(llama), str(tmp_path / "out")]) == 1
+    assert cli.main([str(llama), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("megatron_llr: ")
     assert re.search(expected, error), error
@@ -143,7 +143,7 @@ def test_a_bad_megatron_checkpoint_is_refused(
     change, expected = BAD_CHECKPOINTS[spoil]
     to_megatron(models / "llama", tmp_path / "megatron", Options())
     change(tmp_path / "megatron")
-    assert command.main([str(tmp_path / "megatron"), str(tmp_path / "out")]) == 1
+    assert cli.main([str(tmp_path / "megatron"), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert expected in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
@@ -211,9 +211,9 @@ def test_an_existing_output_is_refused_and_kept(models: Path, tmp_path: Path) ->
     target = tmp_path / "out"
     target.mkdir()
     (target / "precious").touch()
-    assert command.main([str(models / "llama"), str(target)]) == 1
+    assert cli.main([str(models / "llama"), str(target)]) == 1
     assert [path.name for path in target.iterdir()] == ["precious"]
-    assert command.main([str(models / "nowhere"), str(tmp_path / "other")]) == 1
+    assert cli.main([str(models / "nowhere"), str(tmp_path / "other")]) == 1
 
 
 def test_a_full_disk_leaves_nothing(models: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_llr.optim.updates import UpdateRecorder
+from megatron_llr.param_groups.updates import UpdateRecorder
 from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, RANGES, SETTINGS, fused_groups
 
 

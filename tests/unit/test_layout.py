@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llr.engine.exchange import assemble
-from megatron_llr.sharding.families import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
-from megatron_llr.sharding.layout import Placement, Span, flat_ranges, interleaved, stacked
-from megatron_llr.sharding.shard import MatrixShard
+from megatron_llr.matrices.layout import Placement, Span, flat_ranges, interleaved, stacked
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.measurement.exchange import assemble
+from megatron_llr.megatron.weight_names import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
 
 RULES = {rule.path: rule.layout for rule in BLOCK_WEIGHTS}
 

@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_llr.observe import plots
-from megatron_llr.observe.csv_log import CsvLog, files_of
-from megatron_llr.observe.log_rows import (
+from megatron_llr.matrices.info import MatrixInfo
+from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.telemetry import plots
+from megatron_llr.telemetry.csv_log import CsvLog, files_of
+from megatron_llr.telemetry.log_rows import (
     MEASUREMENT_FIELDS,
     RATE_FIELDS,
     ROLE_MEASUREMENT_FIELDS,
 )
-from megatron_llr.observe.observer import MatrixRates, Observer
-from megatron_llr.observe.read_logs import read_rows
-from megatron_llr.observe.summary import by_role, role_table
-from megatron_llr.records import MatrixInfo
-from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.telemetry.observer import MatrixRates, Observer
+from megatron_llr.telemetry.read_logs import read_rows
+from megatron_llr.telemetry.tables import by_role, role_table
 from tests.unit.recorder import Recorder
 
 MATRIX = "block.2.mlp.up"

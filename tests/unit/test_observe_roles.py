@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llr.observe import plots
-from megatron_llr.observe.csv_log import CsvLog, files_of
-from megatron_llr.observe.log_rows import (
+from megatron_llr.matrices.info import MatrixInfo
+from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.telemetry import plots
+from megatron_llr.telemetry.csv_log import CsvLog, files_of
+from megatron_llr.telemetry.log_rows import (
     ROLE_MEASUREMENT_FIELDS,
     ROLE_RATE_FIELDS,
 )
-from megatron_llr.observe.observer import MatrixRates, Observer
-from megatron_llr.observe.read_logs import last_measurement, last_role_table, read_rows
-from megatron_llr.observe.summary import block_table
-from megatron_llr.records import MatrixInfo
-from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.telemetry.observer import MatrixRates, Observer
+from megatron_llr.telemetry.read_logs import last_measurement, last_role_table, read_rows
+from megatron_llr.telemetry.tables import block_table
 from tests.unit.recorder import Recorder
 
 EXPERTS = [f"block.2.mlp.expert.{number}.up" for number in range(3)]

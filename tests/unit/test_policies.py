@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from megatron_llr import LLRConfig, assign_multipliers
 from megatron_llr.config import GRANULARITIES, MAPPINGS
+from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
 from megatron_llr.policies import held_at_one, share_multipliers, targets_for
 from megatron_llr.policy_table import POLICIES
-from megatron_llr.records import Directory, MatrixInfo
 
 ALPHAS = {"block.0.mlp.up": 2.0, "block.0.mlp.down": 3.0, "block.1.mlp.up": 4.0}
 
@@ -116,7 +116,7 @@ def info(matrix: str, cluster: str, rows: int) -> MatrixInfo:
 
 
 @pytest.fixture
-def directory() -> Directory:
+def matrix_index() -> MatrixIndex:
     found = [info("embedding", "embedding", 300)]
     for block in (0, 1):
         qkv = f"block.{block}.attention.qkv"
@@ -129,9 +129,9 @@ def directory() -> Directory:
     return {entry.matrix: entry for entry in found}
 
 
-def test_granularities_share_the_mean_weighted_by_size(directory: Directory) -> None:
-    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
-    at = {g: share_multipliers(targets, directory, g) for g in GRANULARITIES}
+def test_granularities_share_the_mean_weighted_by_size(matrix_index: MatrixIndex) -> None:
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(matrix_index)}
+    at = {g: share_multipliers(targets, matrix_index, g) for g in GRANULARITIES}
     assert at["projection"] == targets
     q, k, v, o = (f"block.0.attention.{role}" for role in "qkvo")
     mean = (targets[q] * 128 + targets[k] * 32 + targets[v] * 64) / 224
@@ -146,25 +146,25 @@ def test_granularities_share_the_mean_weighted_by_size(directory: Directory) -> 
 
 
 def test_an_optimizer_that_cannot_step_parts_shares_whatever_the_granularity(
-    directory: Directory,
+    matrix_index: MatrixIndex,
 ) -> None:
-    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
-    fused = [matrix for matrix in directory if matrix.startswith("block.0.attention.")]
-    found = share_multipliers(targets, directory, "projection", fused)
-    whole = share_multipliers(targets, directory, "parameter")
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(matrix_index)}
+    fused = [matrix for matrix in matrix_index if matrix.startswith("block.0.attention.")]
+    found = share_multipliers(targets, matrix_index, "projection", fused)
+    whole = share_multipliers(targets, matrix_index, "parameter")
     assert [found[matrix] for matrix in fused] == [whole[matrix] for matrix in fused]
     assert found["block.1.attention.q"] == targets["block.1.attention.q"]
 
 
 @pytest.mark.parametrize("granularity", ["role", "block"])
 def test_a_role_or_a_block_leaves_no_parameter_with_two_multipliers_that_cannot_have_them(
-    directory: Directory, granularity: str
+    matrix_index: MatrixIndex, granularity: str
 ) -> None:
     """Also where a part is too small to be measured: k is."""
-    targets = {matrix: 1.0 + index for index, matrix in enumerate(directory)}
-    fused = [matrix for matrix, info in directory.items() if info.cluster.endswith("qkv")]
-    shared = share_multipliers(targets, directory, granularity)
-    found = share_multipliers(targets, directory, granularity, fused)
+    targets = {matrix: 1.0 + index for index, matrix in enumerate(matrix_index)}
+    fused = [matrix for matrix, info in matrix_index.items() if info.cluster.endswith("qkv")]
+    shared = share_multipliers(targets, matrix_index, granularity)
+    found = share_multipliers(targets, matrix_index, granularity, fused)
     for block in (0, 1):
         q, k, v, o = (f"block.{block}.attention.{role}" for role in "qkvo")
         mean = (shared[q] * 128 + shared[k] * 32 + shared[v] * 64) / 224
@@ -206,11 +206,11 @@ def test_a_role_table_may_name_the_router_if_the_policy_may_set_it(tmp_path: Pat
 @pytest.mark.parametrize("granularity", ["role", "block"])
 def test_what_is_held_at_1_takes_no_part_in_its_block(granularity: str) -> None:
     names = ["block.0.mlp.router", "block.1.mlp.router", "block.0.mlp.up", "block.1.mlp.up"]
-    directory = {name: info(name, name, 128) for name in names}
+    matrix_index = {name: info(name, name, 128) for name in names}
     targets = dict(zip(names, (1.0, 1.0, 2.0, 4.0), strict=True))
-    held = held_at_one(directory, LLRConfig())
+    held = held_at_one(matrix_index, LLRConfig())
     assert held == set(names[:2])
-    found = share_multipliers(targets, directory, granularity, held=held)
+    found = share_multipliers(targets, matrix_index, granularity, held=held)
     expected = (3.0, 3.0) if granularity == "role" else (2.0, 4.0)
     assert tuple(found.values()) == (1.0, 1.0, *expected)
-    assert held_at_one(directory, LLRConfig(router="policy")) == set()
+    assert held_at_one(matrix_index, LLRConfig(router="policy")) == set()

@@ -10,11 +10,12 @@ import pytest
 
 from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import MEANINGFUL
+from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.policies import acts_on, targets_for
 from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
 from megatron_llr.policy_table import POLICIES, summaries
-from megatron_llr.records import EMBEDDING_IDS, MatrixInfo
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up")
 BLOCKS = 5
@@ -213,9 +214,9 @@ def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
         "timing": settings.timing(),
         "schedule": {"window_end": 6},
     }
-    directory = {"head": MatrixInfo("head", "head", 64, 64, ((0,),), False)}
-    assert state.check(document, settings, directory, settings.meaning()) == []
+    matrix_index = {"head": MatrixInfo("head", "head", 64, 64, ((0,),), False)}
+    assert state.check(document, settings, matrix_index, settings.meaning()) == []
     later = {**document, "meaning": settings.meaning()}
     other = LLRConfig(random_seed=1)
     with pytest.raises(ValueError, match="--llr-random-seed differs"):
-        state.check(later, other, directory, other.meaning())
+        state.check(later, other, matrix_index, other.meaning())

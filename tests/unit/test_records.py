@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_llr.records import (
+from megatron_llr.matrices.ids import (
     ROLES,
     block_key,
     block_of,
@@ -11,14 +11,14 @@ from megatron_llr.records import (
     role_of,
     value_for_role,
 )
-from megatron_llr.sharding.families import (
+from megatron_llr.megatron.layers import Scope, hybrid_scopes, split_name
+from megatron_llr.megatron.weight_names import (
     BLOCK_WEIGHTS,
     MODEL_WEIGHTS,
     PREDICTION_WEIGHTS,
     HeldRows,
     TransformerShape,
 )
-from megatron_llr.sharding.scopes import Scope, hybrid_scopes, split_name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.data.sources import expand, read_chunks
+from megatron_llr.tools.preprocess.sources import expand, read_chunks
 
 NOT_TEXT = {
     "in.txt": ("gzip", gzip.compress(b"x")),

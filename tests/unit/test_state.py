@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_llr import LLRConfig, state
+from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.policies import meaning_of
-from megatron_llr.records import MatrixInfo
 
 MATRICES = ["embedding", *(f"block.0.mlp.expert.{number}.up" for number in range(3))]
 DOCUMENT: dict[str, Any] = {
@@ -47,16 +47,16 @@ def test_a_document_of_version_1_goes_on() -> None:
     before = {**DOCUMENT, "version": 1}
     found = state.decode(json.dumps(before, separators=(",", ":"), allow_nan=False))
     assert found == before
-    directory = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
+    matrix_index = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
     config = LLRConfig()
-    assert state.check(found, config, directory, meaning_of(config)) == []
+    assert state.check(found, config, matrix_index, meaning_of(config)) == []
     # Saved again before training goes on, it is of this version.
     assert state.decode(state.encode(found)) == DOCUMENT
 
 
 def test_a_role_table_is_known_by_what_it_holds(tmp_path: Path) -> None:
     """Its file may move; another content would change what the saved multipliers mean."""
-    directory = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
+    matrix_index = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
 
     def config(name: str, table: str) -> LLRConfig:
         (tmp_path / name).write_text(table)
@@ -66,14 +66,14 @@ def test_a_role_table_is_known_by_what_it_holds(tmp_path: Path) -> None:
     edited = config("c.json", '{"up": 3}')
     saved = {**DOCUMENT, "meaning": meaning_of(before)}
     saved = state.decode(state.encode(saved)) or {}
-    assert state.check(saved, moved, directory, meaning_of(moved)) == []
+    assert state.check(saved, moved, matrix_index, meaning_of(moved)) == []
     with pytest.raises(ValueError, match=r"--llr-role-table differs.*'up': 3.*'up': 2"):
-        state.check(saved, edited, directory, meaning_of(edited))
+        state.check(saved, edited, matrix_index, meaning_of(edited))
     # States of before kept the path.
     earlier = {**saved, "meaning": before.meaning()}
-    assert state.check(earlier, before, directory, meaning_of(before)) == []
+    assert state.check(earlier, before, matrix_index, meaning_of(before)) == []
     with pytest.raises(ValueError, match=r"--llr-role-table differs"):
-        state.check(earlier, moved, directory, meaning_of(moved))
+        state.check(earlier, moved, matrix_index, meaning_of(moved))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version":2}', '{"version":"x"}'])

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llr.optim.views import windows
-from megatron_llr.sharding.layout import flat_ranges, interleaved
+from megatron_llr.matrices.layout import flat_ranges, interleaved
+from megatron_llr.param_groups.views import windows
 from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, fused_groups
 
 

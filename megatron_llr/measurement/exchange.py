@@ -1,0 +1,229 @@
+"""The collectives of a measurement: shards to owners, singular values and records to everyone.
+
+Every rank derives the same lists from the same index, so every member of a group enters every
+collective in the same order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llr.matrices.layout import Placement
+from megatron_llr.matrices.shard import MatrixShard
+
+# Upper bound on what a rank receives at once; one matrix may exceed it.
+BATCH_BYTES = 256 * 2**20
+
+
+def read_weight(shard: MatrixShard) -> torch.Tensor:
+    """The shard's weights as a plain tensor [local rows, local columns], no copy where possible."""
+    parameter = shard.parameter.detach()
+    # Quantised parameters of Transformer Engine know how to become ordinary ones.
+    dequantize = getattr(parameter, "dequantize", None)
+    is_quantized = type(parameter) not in (torch.Tensor, torch.nn.Parameter)
+    return dequantize() if is_quantized and dequantize else parameter
+
+
+def cut(shard: MatrixShard) -> torch.Tensor:
+    """Rows of the logical matrix that this rank holds, [rows held, columns held]."""
+    weight = read_weight(shard)
+    pieces = [weight[span.local : span.local + span.count] for span in shard.placement.spans]
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces) if pieces else weight[:0]
+
+
+def assemble(
+    pieces: Sequence[torch.Tensor], placements: Sequence[Placement], rows: int, columns: int
+) -> torch.Tensor:
+    """The logical matrix from all its parts.
+
+    Args:
+        pieces: one flat tensor per rank, that rank's rows one after the other.
+        placements: where they belong.
+        rows: rows of the matrix.
+        columns: its columns.
+    """
+    whole = pieces[0].new_empty(rows, columns)
+    for piece, placement in zip(pieces, placements, strict=True):
+        held = piece.view(placement.rows, placement.columns)
+        first, last = placement.first_column, placement.first_column + placement.columns
+        row = 0
+        for span in placement.spans:
+            target = slice(span.logical, span.logical + span.count)
+            whole[target, first:last] = held[row : row + span.count]
+            row += span.count
+    return whole
+
+
+def batches(
+    shards: Sequence[MatrixShard], owners: Mapping[str, int], limit: int = BATCH_BYTES
+) -> Iterator[list[MatrixShard]]:
+    """Cut a list of matrices so that no owner receives more than `limit` bytes at once."""
+    batch: list[MatrixShard] = []
+    received: dict[int, int] = {}
+    for shard in shards:
+        owner = owners[shard.matrix]
+        size = shard.rows * shard.columns * shard.parameter.element_size()
+        if batch and received.get(owner, 0) + size > limit:
+            yield batch
+            batch, received = [], {}
+        batch.append(shard)
+        received[owner] = received.get(owner, 0) + size
+    if batch:
+        yield batch
+
+
+def send_to_owners(
+    batch: Sequence[MatrixShard], owners: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """Whole matrices on their owners, from the shards of one tensor-parallel group.
+
+    One all-to-all; weights travel in their own dtype, as bytes. Enter on all ranks of the group
+    with the same batch.
+
+    Returns:
+        Matrix id -> [rows, columns], for the matrices that this rank owns.
+    """
+    ranks, group = batch[0].ranks, batch[0].group
+    here = dist.get_rank()
+    by_owner: dict[int, list[MatrixShard]] = {rank: [] for rank in ranks}
+    for shard in batch:
+        by_owner[owners[shard.matrix]].append(shard)
+    # Once per matrix: a quantised weight becomes an ordinary one each time that it is read.
+    parts = {shard.matrix: cut(shard) for shard in batch}
+    dtypes = {matrix: part.dtype for matrix, part in parts.items()}
+    outgoing = [_flat_bytes([parts[s.matrix] for s in by_owner[rank]], batch[0]) for rank in ranks]
+    incoming_sizes = [
+        sum(
+            shard.placements[peer].numel * dtypes[shard.matrix].itemsize for shard in by_owner[here]
+        )
+        for peer in range(len(ranks))
+    ]
+    received = outgoing[0].new_empty(sum(incoming_sizes))
+    dist.all_to_all_single(
+        received,
+        torch.cat(outgoing),
+        output_split_sizes=incoming_sizes,
+        input_split_sizes=[part.numel() for part in outgoing],
+        group=group,
+    )
+    return _unpack(by_owner[here], dtypes, list(received.split(incoming_sizes)))
+
+
+def _flat_bytes(pieces: Sequence[torch.Tensor], like: MatrixShard) -> torch.Tensor:
+    if not pieces:
+        return torch.empty(0, dtype=torch.uint8, device=like.parameter.device)
+    return torch.cat([piece.reshape(-1).view(torch.uint8) for piece in pieces])
+
+
+def _unpack(
+    owned: Sequence[MatrixShard],
+    dtypes: Mapping[str, torch.dtype],
+    by_peer: Sequence[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    offsets = [0] * len(by_peer)
+    whole: dict[str, torch.Tensor] = {}
+    for shard in owned:
+        dtype = dtypes[shard.matrix]
+        pieces = []
+        for peer, placement in enumerate(shard.placements):
+            size = placement.numel * dtype.itemsize
+            raw = by_peer[peer][offsets[peer] : offsets[peer] + size]
+            # A view as a wider dtype needs an aligned start, which a slice may not have.
+            pieces.append(raw.clone().view(dtype))
+            offsets[peer] += size
+        whole[shard.matrix] = assemble(pieces, shard.placements, shard.rows, shard.columns)
+    return whole
+
+
+def pool_singular_values(
+    values: Sequence[torch.Tensor], shards: Sequence[MatrixShard]
+) -> list[torch.Tensor]:
+    """All-gather the singular values of every rank's shard and pool them, matrix by matrix.
+
+    One all-gather over the tensor-parallel group. Enter on all its ranks with the same matrices.
+
+    Args:
+        values: [n_i] singular values of this rank's part of every matrix.
+        shards: those matrices.
+
+    Returns:
+        [sum over ranks of n_i] pooled singular values of every matrix, ascending.
+    """
+    ranks, group = shards[0].ranks, shards[0].group
+    counts = [
+        [min(placement.rows, placement.columns) for placement in shard.placements]
+        for shard in shards
+    ]
+    totals = [sum(count[peer] for count in counts) for peer in range(len(ranks))]
+    gathered = all_gather_rows(torch.cat(list(values)).unsqueeze(1), totals, group)
+    split = [
+        part.squeeze(1).split([count[peer] for count in counts])
+        for peer, part in enumerate(gathered)
+    ]
+    return [
+        torch.cat([parts[index] for parts in split]).sort().values for index in range(len(shards))
+    ]
+
+
+def all_gather_in_batches(
+    mine: Sequence[torch.Tensor],
+    sizes: Sequence[Sequence[int]],
+    device: torch.device,
+    limit: int = BATCH_BYTES,
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Every rank's vectors on every rank of the job, a bounded number of bytes at a time.
+
+    One all-gather per batch, padded to the longest part in it. Enter on all ranks, and come to the
+    end.
+
+    Args:
+        mine: fp64 vectors of this rank.
+        sizes: their sizes on every rank, in rank order; the same on every rank.
+        device: where they lie, if this rank brings none.
+        limit: bytes of a batch over all ranks; a vector per rank may exceed it.
+
+    Yields:
+        (rank, which of its vectors, those one after the other), in the same order on every rank.
+    """
+    here, begun = dist.get_rank(), [0] * len(sizes)
+    empty = torch.empty(0, dtype=torch.float64, device=device)
+    while any(first < len(own) for first, own in zip(begun, sizes, strict=True)):
+        ended = [
+            _as_many(own, first, limit // (8 * len(sizes)))
+            for first, own in zip(begun, sizes, strict=True)
+        ]
+        taken = [own[a:b] for own, a, b in zip(sizes, begun, ended, strict=True)]
+        rows = torch.cat([empty, *mine[begun[here] : ended[here]]]).unsqueeze(1)
+        for rank, part in enumerate(all_gather_rows(rows, [sum(each) for each in taken])):
+            yield rank, slice(begun[rank], ended[rank]), part.squeeze(1)
+        begun = ended
+
+
+def _as_many(sizes: Sequence[int], first: int, limit: int) -> int:
+    """One past the last of as many sizes from `first` on as fit a limit; one at least."""
+    last, total = first, 0
+    while last < len(sizes) and (last == first or total + sizes[last] <= limit):
+        total += sizes[last]
+        last += 1
+    return last
+
+
+def all_gather_rows(
+    rows: torch.Tensor, counts: Sequence[int], group: Any = None
+) -> list[torch.Tensor]:
+    """Every rank's rows on every rank of a group, by default of the job.
+
+    Args:
+        rows: [counts[this rank], width].
+        counts: rows that each rank brings, in rank order; the same on every rank.
+        group: process group; every member enters.
+    """
+    padded = rows.new_zeros(max(max(counts), 1), rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    return [part[:count] for part, count in zip(gathered, counts, strict=True)]

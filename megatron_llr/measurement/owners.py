@@ -1,0 +1,57 @@
+"""Which rank computes which spectrum: a deterministic balance of cost, the same on every rank."""
+
+from collections.abc import Iterable
+from heapq import heapify, heapreplace
+
+from megatron_llr.matrices.info import MatrixInfo
+
+
+def cost(info: MatrixInfo) -> float:
+    """Work of one spectrum, in multiply-adds: the eigenvalues of the Gram matrix, then its product.
+
+    The eigensolver takes about 4/3 n³ for the reduction to tridiagonal form (Golub and Van Loan,
+    section 8.3), the product n² times the longer side.
+    """
+    short, long = sorted((info.rows, info.columns))
+    return 4 / 3 * short**3 + short**2 * long
+
+
+class _Candidates:
+    """The ranks that hold a matrix, least loaded first; loads grow outside, and only grow."""
+
+    def __init__(self, ranks: Iterable[int], load: dict[int, float]) -> None:
+        self._load = load
+        self._heap = [(load.setdefault(rank, 0.0), rank) for rank in ranks]
+        heapify(self._heap)
+
+    def least_loaded(self) -> int:
+        """The rank of least load, the first of equals."""
+        while True:
+            known, rank = self._heap[0]
+            if known == self._load[rank]:
+                return rank
+            heapreplace(self._heap, (self._load[rank], rank))
+
+
+def assign_owners(matrices: Iterable[MatrixInfo]) -> dict[str, int]:
+    """One owner in the whole job for every matrix: the next costliest to the least loaded holder.
+
+    Any rank that holds a part may own the matrix, so data-parallel replicas share the work.
+
+    Returns:
+        Matrix id -> global rank, in the order given.
+    """
+    listed = list(matrices)
+    load: dict[int, float] = {}
+    # By object: matrices of an index that lie on the same ranks share one tuple of holders.
+    candidates: dict[int, _Candidates] = {}
+    for info in listed:
+        if id(info.holders) not in candidates:
+            ranks = {rank for group in info.holders for rank in group}
+            candidates[id(info.holders)] = _Candidates(ranks, load)
+    owners: dict[str, int] = {}
+    for info in sorted(listed, key=lambda info: (-cost(info), info.matrix)):
+        owner = candidates[id(info.holders)].least_loaded()
+        load[owner] += cost(info)
+        owners[info.matrix] = owner
+    return {info.matrix: owners[info.matrix] for info in listed}

@@ -1,0 +1,146 @@
+"""`--llr-*` flags beside Megatron's own, and the flags of Megatron's that are not supported yet."""
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.errors import user_error
+from megatron_llr.megatron.library import UNSTEPPABLE
+from megatron_llr.policy_table import summaries
+
+_PREFIX = "llr_"
+
+
+class _PrefixedFlags(ArgumentGroupFactory):  # type: ignore[misc]
+    """Megatron's own way from a dataclass to flags, with `--llr-` before every name."""
+
+    def _format_arg_name(self, config_attr: str, prefix: str | None = None) -> str:
+        name: str = super()._format_arg_name(_PREFIX + config_attr, prefix)
+        return name
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["dest"] = _PREFIX + attribute.name
+        kwargs["help"] = kwargs["help"].replace("POLICIES", summaries()).replace("%", "%%")
+        return kwargs
+
+
+def add_llr_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of `LLRConfig`; for Megatron's `extra_args_provider`."""
+    _PrefixedFlags(LLRConfig).build_group(parser, title="layerwise learning rates")
+    return parser
+
+
+def config_from_args(args: Namespace) -> LLRConfig:
+    """The settings in parsed flags.
+
+    Raises:
+        ValueError: naming the flag with a bad value.
+    """
+    return LLRConfig(
+        **{field.name: getattr(args, _PREFIX + field.name) for field in fields(LLRConfig)}
+    )
+
+
+_OF_OPTIMIZERS = {name: f"--{name.replace('_', '-')}" for name in UNSTEPPABLE}
+
+# What this version has not learned, by the flag that asks for it: (attribute of args, the values
+# that are fine, flag).
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("hybrid_context_parallel", (False,), "--hybrid-context-parallel"),
+    ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
+    ("heterogeneous_layers_config_path", (None,), "--heterogeneous-layers-config-path"),
+    (
+        "heterogeneous_layers_config_encoded_json",
+        (None, ""),
+        "--heterogeneous-layers-config-encoded-json",
+    ),
+    ("gtp_weight_remat_size", (1,), "--tensor-parallel-num-weight-shards"),
+    ("expert_gtp_weight_remat_size", (1,), "--expert-tensor-parallel-num-weight-shards"),
+    ("moe_single_grouped_weight", (False,), "--moe-single-grouped-weight"),
+    ("use_megatron_fsdp", (False,), "--use-megatron-fsdp"),
+    ("use_torch_fsdp2", (False,), "--use-torch-fsdp2"),
+    ("optimizer", ("adam", "sgd", "muon", "soap", "lion"), "--optimizer"),
+    *((name, (False,), flag) for name, flag in _OF_OPTIMIZERS.items()),
+    ("fp4_param_gather", (False,), "--fp4-param-gather"),
+    ("sft", (False,), "--sft"),
+    ("fim_data", (False,), "--fim-data"),
+    ("dataloader_inter_document_masking", (False,), "--dataloader-inter-document-masking"),
+    ("perform_rl_step", (False,), "--perform-rl-step"),
+    ("logits_load_dir", (None,), "--logits-load-dir"),
+    ("skip_train", (False,), "--skip-train"),
+    ("yaml_cfg", (None,), "--yaml-cfg"),
+)
+
+_NO_IDS = "it builds weights that have no matrix ids"
+_DTENSORS = (
+    "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
+)
+_SHARDS = "no rank has its own whole part of a weight (shards counted per tensor-parallel rank)"
+# Why a flag is refused, where more is to be said than that nobody has tried.
+_REASONS = {
+    "--hybrid-context-parallel": "it needs packed sequences, which batches here are not",
+    "--experimental-attention-variant": _NO_IDS,
+    "--heterogeneous-layers-config-path": _NO_IDS,
+    "--heterogeneous-layers-config-encoded-json": _NO_IDS,
+    "--tensor-parallel-num-weight-shards": _SHARDS,
+    "--expert-tensor-parallel-num-weight-shards": _SHARDS,
+    "--moe-single-grouped-weight": "its experts are one tensor, which has no ids for each of them",
+    "--use-megatron-fsdp": _DTENSORS,
+    "--use-torch-fsdp2": _DTENSORS,
+    "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
+    **{flag: UNSTEPPABLE[name] for name, flag in _OF_OPTIMIZERS.items()},
+}
+
+# Optimizers that Megatron takes from another package.
+_EMERGING = ("muon", "soap", "lion")
+
+# What cannot go with --llr-fixed-validation, in the same form.
+_NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("full_validation", (False,), "--full-validation"),
+    ("multiple_validation_sets", (False,), "--multiple-validation-sets"),
+    # Cyclic shuffles: other samples in every evaluation.
+    ("dataloader_type", ("single",), "--dataloader-type"),
+)
+
+
+def require_packages(args: Namespace) -> None:
+    """Refuse, before anything is built, what a missing optional package would do.
+
+    Raises:
+        ValueError: naming the extra to install.
+    """
+    if args.optimizer not in _EMERGING or find_spec("emerging_optimizers") is not None:
+        return
+    raise user_error(
+        f"--optimizer {args.optimizer} needs the package emerging-optimizers",
+        got="not installed",
+        allowed="emerging-optimizers 0.2 or newer",
+        remedy="pip install 'megatron-llr[muon]'",
+    )
+
+
+def refuse_unsupported(args: Namespace) -> None:
+    """Refuse what this version cannot train correctly, before anything is built.
+
+    Raises:
+        ValueError: naming the first flag that asks for it.
+    """
+    fixed = _NOT_WITH_FIXED_VALIDATION if args.llr_fixed_validation else ()
+    for row in (*_UNSUPPORTED, *fixed):
+        attribute, fine, flag = row
+        value = getattr(args, attribute, fine[0])
+        if value not in fine:
+            reason = f": {_REASONS[flag]}" if flag in _REASONS else ""
+            beside = " with --llr-fixed-validation" if row in fixed else ""
+            other = "leave --llr-fixed-validation out" if beside else "train without this extension"
+            raise user_error(
+                f"{flag} is not supported yet{beside}{reason}",
+                got=f"{flag} {value}",
+                allowed=f"{flag} {' or '.join(str(choice) for choice in fine)}",
+                remedy=f"leave {flag} out, or {other}",
+            )

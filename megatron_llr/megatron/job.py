@@ -1,0 +1,75 @@
+"""One pretraining job: Megatron's flags plus `--llr-*`, Megatron's loop, and the extension."""
+
+from argparse import Namespace
+
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.training import pretrain as megatron_pretrain
+from megatron.training import print_rank_0
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.megatron import batches
+from megatron_llr.megatron.flags import (
+    add_llr_arguments,
+    config_from_args,
+    refuse_unsupported,
+    require_packages,
+)
+from megatron_llr.megatron.seams import installed, use_prebuilt_dataset_helpers
+from megatron_llr.ranks import together
+
+
+def run_loop(args: Namespace) -> None:
+    """Megatron's loop, from parsed flags; the extension has no part in it.
+
+    The model is Megatron's HybridModel where --hybrid-layer-pattern says so, else its GPTModel.
+    """
+    from_args = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+    megatron_pretrain(
+        pretrain_cfg_container_from_args(args, from_args(args)),
+        batches.datasets_provider,
+        ModelType.encoder_or_decoder,
+        batches.forward_step,
+        get_embedding_ranks=batches.embedding_ranks,
+    )
+
+
+def _checked(args: Namespace) -> LLRConfig:
+    config = config_from_args(args)
+    refuse_unsupported(args)
+    require_packages(args)
+    return config
+
+
+def pretrain() -> LayerwiseController:
+    """Parse `sys.argv`, then train with `megatron.training.pretrain`.
+
+    Returns:
+        The controller of the finished run.
+
+    Raises:
+        ValueError: for a flag that is wrong or not supported, on every rank.
+        SystemExit: with code 0 after `--llr-dry-run`.
+    """
+    use_prebuilt_dataset_helpers()
+    args = parse_and_validate_args(extra_args_provider=add_llr_arguments)
+    # Alone on this rank where there is no process group yet, which is Megatron's to make.
+    config = together(lambda: _checked(args))
+    with installed(config) as seams:
+        run_loop(args)
+    assert seams.controller is not None
+    print_rank_0(seams.controller.role_summary())
+    return seams.controller
+
+
+def shut_down() -> None:
+    """Leave the process group, so that the job ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,68 @@
+"""Initial weights that depend on the seed alone.
+
+Megatron draws each rank's part of a weight by itself: on a GPU from a generator of its
+tensor-parallel rank, on every pipeline stage from another seed, and where gate and up are fused the
+same draw lands in other matrices when the layout changes. Here every logical matrix is drawn whole,
+on the CPU, from a seed made of `--seed` and its id, with Megatron's own initialiser for it, and
+each rank keeps its part.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from megatron_llr.matrices.ids import role_of
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.megatron.catalog import build_catalog
+
+# Roles that Megatron initialises with `output_layer_init_method` (its linear_proj and linear_fc2).
+_OUTPUT_ROLES = frozenset({"o", "down", "shared.down", "expert.down", "latent_up", "out_proj"})
+
+
+def _initialiser(matrix: str, config: Any) -> Callable[[torch.Tensor], object]:
+    role = role_of(matrix)
+    method = config.init_method
+    if role in _OUTPUT_ROLES:
+        method = config.output_layer_init_method
+    elif "embedding" in role or (role == "head" and getattr(config, "use_mup", False)):
+        method = config.embedding_init_method
+    found: Callable[[torch.Tensor], object] = method
+    return found
+
+
+def _seed_of(matrix: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed} {matrix}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _draw(shard: MatrixShard, seed: int, config: Any) -> torch.Tensor:
+    """The whole matrix, [rows, columns] fp32 on CPU."""
+    whole = torch.empty(shard.rows, shard.columns, dtype=torch.float32, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed_of(shard.matrix, seed))
+        _initialiser(shard.matrix, config)(whole)
+    return whole
+
+
+@torch.no_grad()
+def draw_weights(model_chunks: Sequence[torch.nn.Module], seed: int) -> None:
+    """Draw all matrices anew, padding of the vocabulary included; norms and biases stay.
+
+    Call before the optimizer is built, which copies the weights.
+
+    Args:
+        model_chunks: model chunks of this rank, wrapped or not.
+        seed: `--seed`.
+    """
+    config = unwrap_model(model_chunks[0]).config
+    if not config.perform_initialization:
+        return
+    for shard in build_catalog(model_chunks).shards:
+        whole, placement = _draw(shard, seed, config), shard.placement
+        columns = slice(placement.first_column, placement.first_column + placement.columns)
+        for span in placement.spans:
+            part = whole[span.logical : span.logical + span.count, columns]
+            shard.parameter[span.local : span.local + span.count].copy_(part)

@@ -1,0 +1,148 @@
+"""The one place that rebinds names in `megatron.training`: three seams, undone on exit."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import megatron.core.datasets.utils as datasets_utils
+import megatron.training.training as training_module
+import torch.distributed as dist
+from megatron.training import get_args, print_rank_0
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from megatron_llr.config import LLRConfig
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.errors import topology_error
+from megatron_llr.megatron import library
+from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
+from megatron_llr.megatron.same_start import draw_weights
+from megatron_llr.ranks import together
+from megatron_llr.telemetry.observer import Observer
+
+# The parameters that the seams rely on, by the name that is rebound.
+_EXPECTED = {
+    "get_megatron_optimizer": ["config", "model_chunks"],
+    "get_optimizer_param_scheduler": ["optimizer"],
+    "setup_model_and_optimizer": ["model_type", "model_provider_func", "checkpointing_context"],
+}
+
+
+def _check_seams() -> None:
+    for name, expected in _EXPECTED.items():
+        found = list(inspect.signature(getattr(training_module, name)).parameters)
+        if found[: len(expected)] != expected:
+            raise topology_error(
+                f"megatron.training.training.{name} is not the function this package knows",
+                got=f"parameters {found}",
+                allowed=f"parameters that begin with {expected}",
+                remedy="install megatron-core 0.19.x",
+            )
+
+
+class _Seams:
+    """What takes the place of the rebound names during one run."""
+
+    def __init__(self, config: LLRConfig) -> None:
+        self.config = config
+        self.controller: LayerwiseController | None = None
+        self._setup = training_module.setup_model_and_optimizer
+        self._model_chunks: list[Any] = []
+
+    def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
+        """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
+        self._model_chunks = model_chunks
+        # The first place that all ranks come to with a process group.
+        seed = get_args().seed
+        library.require_same_settings(self.config, seed=seed)
+        if self.config.same_start:
+            together(lambda: draw_weights(model_chunks, seed))
+        return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
+
+    def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:
+        """Stand where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
+        args = get_args()
+        self.controller = library.attach(
+            self._model_chunks,
+            optimizer,
+            self.config,
+            # set from --train-samples by now, if that is what was given
+            total_updates=args.train_iters,
+            vocab_size=args.vocab_size,
+            observer=_observer(self.config, args.log_interval),
+        )
+        return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
+
+    def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """After Megatron's own set-up the weights are loaded and all ranks are here: prepare."""
+        built = self._setup(*args, **kwargs)
+        assert self.controller is not None
+        _, _, scheduler = built
+        together(scheduler.restore_controller)
+        self.controller.prepare(get_args().iteration)
+        if self.config.dry_run:
+            print_rank_0(self.controller.describe())
+            dist.barrier()
+            raise SystemExit(0)
+        return built
+
+
+def _observer(config: LLRConfig, log_interval: int) -> Observer:
+    if config.dry_run:
+        # It only prints: what an earlier run wrote to the same places stays.
+        silent = dataclasses.replace(config, log_dir=None)
+        return library.make_observer(silent, log_interval=log_interval)
+    # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
+    return library.make_observer(
+        config,
+        tensorboard=get_tensorboard_writer(),
+        wandb=get_wandb_writer(),
+        wandb_step=_iteration_under_way,
+        log_interval=log_interval,
+    )
+
+
+def _iteration_under_way() -> int:
+    """The iteration that Megatron logs next; before the first, the one that was loaded, or 0."""
+    args = get_args()
+    # Set by the training loop at the start of an iteration, to the number of those before.
+    before = getattr(args, "curr_iteration", None)
+    return int(args.iteration if before is None else before + 1)
+
+
+@contextlib.contextmanager
+def installed(config: LLRConfig) -> Iterator[_Seams]:
+    """Train with layerwise learning rates inside this context.
+
+    Rebinds, in `megatron.training.training`: `get_megatron_optimizer`, `OptimizerParamScheduler`
+    and `setup_model_and_optimizer`.
+
+    Raises:
+        RuntimeError: if one of them is not the function this package knows.
+    """
+    _check_seams()
+    seams = _Seams(config)
+    rebound = {
+        "get_megatron_optimizer": seams.get_megatron_optimizer,
+        "OptimizerParamScheduler": seams.scheduler,
+        "setup_model_and_optimizer": seams.setup_model_and_optimizer,
+    }
+    before = {name: getattr(training_module, name) for name in rebound}
+    for name, replacement in rebound.items():
+        setattr(training_module, name, replacement)
+    try:
+        yield seams
+    finally:
+        for name, original in before.items():
+            setattr(training_module, name, original)
+
+
+def _require_dataset_helpers() -> None:
+    """Fail with an import error before training if the C++ helpers are missing."""
+    import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+
+def use_prebuilt_dataset_helpers() -> None:
+    """Keep Megatron from calling make: the wheel ships its C++ helpers built, and no Makefile."""
+    datasets_utils.compile_helpers = _require_dataset_helpers

@@ -1,0 +1,64 @@
+"""The tensors that Megatron's inner optimizers step, and the slice of a weight that each one is."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
+
+
+def leaf_optimizers(optimizer: Any) -> Iterator[Any]:
+    """Megatron's wrappers that hold an inner optimizer of their own, chains resolved."""
+    for child in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if child is not optimizer:
+            yield from leaf_optimizers(child)
+        elif not getattr(child, "is_stub_optimizer", False):
+            yield child
+
+
+def inner_optimizers(optimizer: Any) -> list[tuple[torch.optim.Optimizer, list[SteppedTensor]]]:
+    """Every inner torch optimizer of this rank, with the tensors that it steps."""
+    return [(leaf.optimizer, list(stepped_tensors_of(leaf))) for leaf in leaf_optimizers(optimizer)]
+
+
+def stepped_tensors_of(leaf: Any) -> Iterator[SteppedTensor]:
+    """The tensors that one wrapper's inner optimizer steps.
+
+    Distributed optimizer: fp32 shards (or shards of the model's own, with the precision-aware
+    optimizer). Half precision without it: whole fp32 copies. Otherwise the parameters themselves.
+    """
+    if hasattr(leaf, "shard_fp32_from_float16_groups"):
+        yield from _sharded(leaf)
+    elif hasattr(leaf, "fp32_from_float16_groups"):
+        for models, copies in zip(leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True):
+            for parameter, copy in zip(models, copies, strict=True):
+                yield SteppedTensor(copy, parameter)
+        for group in leaf.fp32_from_fp32_groups:
+            for parameter in group:
+                yield SteppedTensor(parameter, parameter)
+    else:
+        for group in leaf.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield SteppedTensor(parameter, parameter)
+
+
+def _sharded(leaf: Any) -> Iterator[SteppedTensor]:
+    halves = zip(
+        leaf.model_float16_groups,
+        leaf.shard_fp32_from_float16_groups,
+        leaf.shard_float16_groups,
+        strict=True,
+    )
+    for models, copies, shards in halves:
+        for parameter, copy, shard in zip(models, copies, shards, strict=True):
+            yield SteppedTensor(shard if copy is None else copy, parameter, _start(leaf, parameter))
+    for models, shards in zip(leaf.model_fp32_groups, leaf.shard_fp32_groups, strict=True):
+        for parameter, shard in zip(models, shards, strict=True):
+            yield SteppedTensor(shard, parameter, _start(leaf, parameter))
+
+
+def _start(leaf: Any, parameter: torch.nn.Parameter) -> int:
+    # Groups and buffers order their parameters differently, so the range is looked up by parameter.
+    start: int = leaf._get_model_param_range_map(parameter)["param"].start
+    return start

@@ -1,0 +1,343 @@
+"""Layer param groups: installed while an inner optimizer steps, and gone before anyone looks.
+
+Megatron's own groups stay as it built them, so its checkpoints do too. During `step()` alone the
+inner optimizer sees groups in which every logical matrix has its own learning rate, or its own
+weight decay.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_llr.matrices.layout import flat_ranges
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.param_groups.probe import stepping
+from megatron_llr.param_groups.row_scaling import RowScaling
+from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
+from megatron_llr.param_groups.updates import UpdateRecorder, square_sum
+from megatron_llr.param_groups.views import FusedTensor, Part
+
+# What a layer group sets for itself; everything else that a step changes goes back to the base.
+_OWN_KEYS = frozenset({"params", "lr", "weight_decay"})
+
+
+class InnerGroups:
+    """The layer groups of one inner torch optimizer.
+
+    Args:
+        optimizer: the inner optimizer.
+        parts: id of a stepped tensor -> the tensor and the matrices in it.
+        decoupled_decay: whether a matrix decays as at multiplier 1.
+        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
+        *,
+        decoupled_decay: bool,
+        on_decay: bool = False,
+    ) -> None:
+        self.optimizer = optimizer
+        self.multipliers: Mapping[str, float] = {}
+        self.stepping = stepping(optimizer)
+        self.parts = parts
+        self.recorder: UpdateRecorder | None = None
+        self._decoupled_decay = decoupled_decay
+        self._on_decay = on_decay
+        self.matrices = list(dict.fromkeys(m for _, found in parts.values() for m, _ in found))
+        self._plan: StepPlan | None = None
+        self._planned_for: Mapping[str, float] | None = None
+        self._numbers: Mapping[str, int] = {}
+        self._fused: dict[int, FusedTensor] = {}
+        self._depth = 0
+        self._base_groups: list[dict[str, Any]] = []
+        self._base_state: Any = None
+        self._pieces: list[list[dict[str, Any]]] = []
+        self._viewed: list[FusedTensor] = []
+        self._row_scaling = RowScaling(optimizer, self._factors)
+        self._rates: list[tuple[Any, list[torch.Tensor]]] = []
+        self._register()
+
+    def _register(self) -> None:
+        inner: Any = self.optimizer
+        inner.register_step_pre_hook(lambda *_: self._enter())
+        handle = inner.register_step_post_hook(lambda *_: self._leave())
+        # Before other post-hooks: they may walk the groups and must find the base ones.
+        inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+        unguarded = inner.step
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return unguarded(*args, **kwargs)
+            finally:
+                self._restore()
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.recorder is None:
+                return guarded(*args, **kwargs)
+            # Around all hooks, since other post-hooks may copy weights back.
+            with self.recorder.around_step():
+                return guarded(*args, **kwargs)
+
+        # torch runs no post-hook when a step raises; this restores the groups even then.
+        inner.step = step
+
+    def _enter(self) -> None:
+        # A subclass whose step calls super().step() fires the hooks twice.
+        self._depth += 1
+        if self._depth == 1 and self.multipliers:
+            self._install()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._write_back()
+            self._restore()
+
+    def _install(self) -> None:
+        inner = self.optimizer
+        self._base_groups, self._base_state = inner.param_groups, inner.state
+        plan = self._plan_of(self._base_groups)
+        for tensor, parts in plan.scaled:
+            assert not self.is_inseparable(tensor), f"one multiplier for {[m for m, _ in parts]}"
+            self._row_scaling.scale(tensor, parts, self.multipliers)
+        for fused in plan.fused:
+            fused.slice_gradient()
+        self._viewed = plan.fused
+        self._pieces = plan.fill(self._base_groups, self.multipliers, self._settings)
+        # A rate that is a tensor is overwritten in place by the scheduler.
+        self._rates = [(group["lr"] * 1.0, group["params"]) for group in self._base_groups]
+        if self._viewed:
+            inner.state = self._lent_state()  # type: ignore[assignment]
+        inner.param_groups = [piece for pieces in self._pieces for piece in pieces]
+
+    def _plan_of(self, groups: list[dict[str, Any]]) -> StepPlan:
+        """The plan of the last step, if it still holds; else a new one."""
+        if self._planned_for is not self.multipliers:
+            self._numbers = equal_multipliers(self.matrices, self.multipliers)
+            self._planned_for = self.multipliers
+        if self._plan is None or not self._plan.fits(groups, self._numbers):
+            show = None if self.stepping == "whole" else self._show
+            self._plan = StepPlan(groups, self.parts, self._numbers, show)
+        return self._plan
+
+    def _show(self, tensor: torch.Tensor, parts: tuple[Part, ...]) -> FusedTensor:
+        fused = self._fused.get(id(tensor))
+        if fused is None or fused.is_stale() or fused.parts != parts:
+            strided = self.stepping == "strided"
+            fused = self._fused[id(tensor)] = FusedTensor(tensor, parts, strided=strided)
+        return fused
+
+    def _settings(self, base: dict[str, Any], multiplier: float) -> dict[str, Any]:
+        """What a piece of a group has of its own."""
+        on_rate, on_decay = self._factors(multiplier)
+        # A copy where the rate is a tensor: the scheduler overwrites that in place.
+        found = {"lr": base["lr"] * on_rate}
+        if "weight_decay" in base:
+            found["weight_decay"] = base["weight_decay"] * on_decay
+        if isinstance(base.get("step"), torch.Tensor):
+            found["step"] = base["step"].clone()
+        return found
+
+    def _factors(self, multiplier: float) -> tuple[float, float]:
+        """Factors on the learning rate and on the weight decay."""
+        if self._on_decay:
+            return 1.0, multiplier
+        return multiplier, 1.0 / multiplier if self._decoupled_decay else 1.0
+
+    def is_inseparable(self, tensor: torch.Tensor) -> bool:
+        """Whether the matrices in a tensor must share one multiplier."""
+        _, parts = self.parts.get(id(tensor), (None, ()))
+        whole = self.stepping == "whole" and not self._row_scaling.takes(tensor)
+        return whole and len(parts) > 1
+
+    def _lent_state(self) -> dict[Any, Any]:
+        lent: dict[Any, Any] = defaultdict(dict)
+        whole = {id(fused.tensor) for fused in self._viewed}
+        for tensor, state in self._base_state.items():
+            if id(tensor) not in whole:
+                lent[tensor] = state
+        for fused in self._viewed:
+            fused.lend_state(self._base_state.get(fused.tensor, {}), lent)
+        return lent
+
+    def _write_back(self) -> None:
+        """Carry into the base groups and state what the step changed in the layer groups."""
+        if not self._base_groups:
+            return
+        for base, pieces in zip(self._base_groups, self._pieces, strict=True):
+            piece = pieces[0]
+            if piece is base:
+                continue
+            for key in piece.keys() - _OWN_KEYS:
+                if isinstance(base.get(key), torch.Tensor):
+                    base[key].copy_(piece[key])
+                else:
+                    base[key] = piece[key]
+        if not self._viewed:
+            return
+        lent = self.optimizer.state
+        assert self._plan is not None
+        for tensor, state in lent.items():
+            if id(tensor) not in self._plan.views:
+                self._base_state[tensor] = state
+        for fused in self._viewed:
+            fused.return_state(self._base_state[fused.tensor], lent)
+
+    def _restore(self) -> None:
+        """Put Megatron's groups and state back; nothing to do if they stand."""
+        if self._base_groups:
+            self.optimizer.param_groups = self._base_groups
+            self.optimizer.state = self._base_state
+        for fused in self._viewed:
+            fused.release_gradient()
+        self._row_scaling.clear()
+        self._base_groups, self._base_state = [], None
+        self._pieces, self._viewed, self._depth = [], [], 0
+
+    def base_rates(self) -> dict[int, float]:
+        """Id of a stepped tensor -> base learning rate that the last step used for it."""
+        return {id(tensor): float(rate) for rate, tensors in self._rates for tensor in tensors}
+
+
+class LayerGroups:
+    """The layer groups of all inner optimizers on this rank.
+
+    Args:
+        optimizers: every inner optimizer of this rank with the tensors that it steps.
+        shards: catalog of this rank.
+        decoupled_decay: whether a matrix decays as at multiplier 1.
+        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+    """
+
+    def __init__(
+        self,
+        optimizers: Iterable[tuple[torch.optim.Optimizer, Sequence[SteppedTensor]]],
+        shards: Sequence[MatrixShard],
+        *,
+        decoupled_decay: bool = False,
+        on_decay: bool = False,
+    ) -> None:
+        self.decoupled_decay, self.on_decay = decoupled_decay, on_decay
+        by_parameter = _by_parameter(shards)
+        self._inner: list[InnerGroups] = []
+        for optimizer, stepped in optimizers:
+            parts = {
+                id(each.tensor): (each, _parts(each, by_parameter[id(each.parameter)]))
+                for each in stepped
+                if id(each.parameter) in by_parameter
+            }
+            self._inner.append(
+                InnerGroups(optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay)
+            )
+
+    @property
+    def matrices(self) -> list[str]:
+        """Those of which this rank's optimizers step a part."""
+        return [matrix for inner in self._inner for matrix in inner.matrices]
+
+    @property
+    def inseparable(self) -> dict[str, str]:
+        """Matrix that must share its parameter's multiplier -> the optimizer that demands it."""
+        return {
+            matrix: type(inner.optimizer).__name__
+            for inner in self._inner
+            for master, parts in inner.parts.values()
+            if inner.is_inseparable(master.tensor)
+            for matrix, _ in parts
+        }
+
+    def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
+        """Multipliers for the next update; a matrix that is not named has 1."""
+        for inner in self._inner:
+            inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
+
+    def record_updates(self, shards: Sequence[MatrixShard]) -> None:
+        """Make ready to record what a step changes; rows that the catalog leaves out do not count.
+
+        Args:
+            shards: catalog of this rank, as `local_sums` gets it.
+        """
+        by_parameter = _by_parameter(shards)
+        for inner in self._inner:
+            inner.recorder = UpdateRecorder(
+                [
+                    (master, _parts(master, by_parameter[id(master.parameter)]))
+                    for master, _ in inner.parts.values()
+                ]
+            )
+
+    def arm(self, *, record: bool) -> None:
+        """Whether the next step is recorded; `record_updates` comes first."""
+        for inner in self._inner:
+            if inner.recorder is not None:
+                inner.recorder.armed = record
+
+    @torch.no_grad()
+    def local_sums(
+        self, shards: Sequence[MatrixShard], matrices: Sequence[str], device: torch.device
+    ) -> torch.Tensor:
+        """What this rank knows of norms, rates and updates, to be summed over the job.
+
+        Replicas bring equal shares, so sums over all ranks divided by the summed number of elements
+        are exact whatever is sharded or replicated.
+
+        Args:
+            shards: catalog of this rank; rows that it leaves out (padding) do not count.
+            matrices: ids, in the order of the result.
+            device: where the result is to lie.
+
+        Returns:
+            [len(matrices), 5] fp64: sum of squares, number of elements, number of elements times
+            the base learning rate of the last step, sum of squares of what that step changed, and
+            number of elements whose change was recorded.
+        """
+        index = {matrix: row for row, matrix in enumerate(matrices)}
+        known = [[0.0] * 5 for _ in matrices]
+        cells: list[tuple[int, int]] = []
+        squares: list[torch.Tensor] = []
+        by_parameter = _by_parameter(shards)
+        for inner in self._inner:
+            rates = inner.base_rates()
+            for master, _ in inner.parts.values():
+                rate = rates.get(id(master.tensor), math.nan)
+                flat = master.tensor.detach().view(-1)
+                for matrix, ranges in _parts(master, by_parameter[id(master.parameter)]):
+                    count = sum(last - first for first, last in ranges)
+                    known[index[matrix]][1] += count
+                    known[index[matrix]][2] += count * rate
+                    squares.append(square_sum(flat, ranges))
+                    cells.append((index[matrix], 0))
+            for matrix, count, changed in inner.recorder.take() if inner.recorder else ():
+                known[index[matrix]][4] += count
+                squares.append(changed)
+                cells.append((index[matrix], 3))
+        sums = torch.tensor(known, dtype=torch.float64).view(-1, 5)
+        if cells:
+            rows, columns = torch.tensor(cells).unbind(1)
+            sums.index_put_((rows, columns), torch.stack(squares).cpu(), accumulate=True)
+        return sums.to(device)
+
+
+def _by_parameter(shards: Sequence[MatrixShard]) -> dict[int, list[MatrixShard]]:
+    found: dict[int, list[MatrixShard]] = defaultdict(list)
+    for shard in shards:
+        found[id(shard.parameter)].append(shard)
+    return found
+
+
+def _parts(master: SteppedTensor, shards: Sequence[MatrixShard]) -> tuple[Part, ...]:
+    """The matrices of one parameter inside the slice of it that an optimizer steps."""
+    columns = master.parameter.shape[1]
+    found = [
+        (shard.matrix, flat_ranges(shard.placement.spans, columns, master.start, master.stop))
+        for shard in shards
+    ]
+    # A slice of a vocabulary's padding alone holds no element of a matrix, but steps with it.
+    return tuple(found) if len(found) == 1 else tuple(part for part in found if part[1])

@@ -1,0 +1,118 @@
+"""measurements.csv, learning_rates.csv and the latest spectra, written by one rank."""
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.spectrum.record import SpectrumTable
+from megatron_llr.telemetry import log_rows
+
+
+@dataclass(frozen=True)
+class _CsvFile:
+    """A CSV file whose rows belong to iterations, ascending."""
+
+    path: Path
+    fields: tuple[str, ...]
+
+    def cut(self, last_iteration: int) -> None:
+        """Rewrite it with its header and the rows up to an iteration; a torn last row is dropped.
+
+        Columns that an earlier version did not write stay empty in its rows.
+        """
+        beside = self.path.with_suffix(".csv.part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            if self.path.exists():
+                with self.path.open(newline="") as before:
+                    rows = csv.DictReader(before)
+                    writer.writerows(row for row in rows if self._keeps(row, last_iteration))
+        os.replace(beside, self.path)
+
+    def _keeps(self, row: Mapping[str, str], last_iteration: int) -> bool:
+        whole = set(row) <= set(self.fields) and None not in row.values()
+        number = row.get("iteration") or ""
+        return whole and number.isdigit() and int(number) <= last_iteration
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows at the end."""
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerows(rows)
+
+
+class CsvLog:
+    """The CSV files of one run.
+
+    Args:
+        folder: made if it does not exist.
+        by_role: a row per block and role, in files of their own, and no spectra.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, by_role: bool = False) -> None:
+        self.folder = Path(folder)
+        self.by_role = by_role
+        self._measurements, self._rates = files_of(self.folder, by_role=by_role)
+        self._others = files_of(self.folder, by_role=not by_role)
+        self._spectra = self.folder / "spectra.npz"
+
+    def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
+        """Begin the files, or cut the rows that a resumed run will write again.
+
+        Args:
+            measured_up_to: last update whose measurement is kept.
+            rates_up_to: last update whose learning rates are kept.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ends = (measured_up_to, rates_up_to)
+        for file, end in zip((self._measurements, self._rates), ends, strict=True):
+            file.cut(end)
+        # Files of the other kind, from before --llr-log-matrices was changed, end here too.
+        for file, end in zip(self._others, ends, strict=True):
+            if file.path.exists():
+                file.cut(end)
+
+    def write_measurement(
+        self,
+        iteration: int,
+        table: SpectrumTable,
+        targets: Mapping[str, float],
+        matrix_index: MatrixIndex,
+    ) -> None:
+        """The rows of one measurement."""
+        rows = log_rows.role_measurement_rows if self.by_role else log_rows.measurement_rows
+        self._measurements.append(rows(iteration, table, targets, matrix_index))
+
+    def write_spectra(self, spectra: Mapping[str, Any]) -> None:
+        """Singular values of the latest measurement, one array per matrix id."""
+        beside = self._spectra.with_suffix(".part.npz")
+        arrays: dict[str, Any] = {matrix: np.asarray(values) for matrix, values in spectra.items()}
+        np.savez(beside, **arrays)
+        os.replace(beside, self._spectra)
+
+    def write_rates(self, iteration: int, rates: Iterable[log_rows.Rates]) -> None:
+        """The rows of one update; a relative update that was not recorded leaves its cell empty."""
+        rows = log_rows.role_rate_rows if self.by_role else log_rows.rate_rows
+        self._rates.append(rows(iteration, rates))
+
+
+def files_of(folder: Path, *, by_role: bool) -> tuple[_CsvFile, _CsvFile]:
+    """The files of measurements and of learning rates, per matrix or per block and role."""
+    if by_role:
+        return (
+            _CsvFile(folder / "measurements_by_role.csv", log_rows.ROLE_MEASUREMENT_FIELDS),
+            _CsvFile(folder / "learning_rates_by_role.csv", log_rows.ROLE_RATE_FIELDS),
+        )
+    return (
+        _CsvFile(folder / "measurements.csv", log_rows.MEASUREMENT_FIELDS),
+        _CsvFile(folder / "learning_rates.csv", log_rows.RATE_FIELDS),
+    )

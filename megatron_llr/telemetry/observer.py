@@ -1,0 +1,212 @@
+"""Carries measurements and learning rates to the files, the host's writers and the console."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from megatron_llr.config import ESTIMATORS
+from megatron_llr.matrices.ids import block_key, expert_of, role_of
+from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.spectrum.record import SpectrumTable
+from megatron_llr.telemetry.csv_log import CsvLog
+from megatron_llr.telemetry.tables import Spread, by_block_and_role, by_role, spread_of
+
+logger = logging.getLogger(__name__)
+
+# What W&B draws our curves over. Its own step is the host's iteration, which skipped updates leave
+# behind; and one iteration may hold the rates of an update and the measurement before the next.
+_UPDATE, _MEASURED = "llr/update", "llr/measured_before_update"
+
+
+class MatrixRates(NamedTuple):
+    """What one update did to one matrix.
+
+    Attributes:
+        multiplier: factor on the base learning rate.
+        learning_rate: the rate that the update used.
+        effective_learning_rate: that rate over the Frobenius norm of the weights after it.
+        relative_update: norm of what the update changed over the same norm; None if not recorded.
+    """
+
+    multiplier: float
+    learning_rate: float
+    effective_learning_rate: float
+    relative_update: float | None = None
+
+
+class ScalarWriter(Protocol):
+    """What is asked of TensorBoard's SummaryWriter."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> object:
+        """Record one value."""
+
+
+def _series(matrix: str) -> str:
+    """Name of a matrix in a scalar's tag: role first, so that a role's curves lie together."""
+    words = [_group_series(matrix)]
+    expert, key = expert_of(matrix), block_key(matrix)
+    kind = matrix.removeprefix(f"{key}.").partition(".")[0]
+    if kind != matrix and kind[-1].isdigit():
+        # A block's second layer of a kind: mlp2.
+        words.append(kind)
+    if expert is not None:
+        words.append(f"expert_{expert:03d}")
+    return "/".join(words)
+
+
+def _group_series(matrix: str) -> str:
+    """Name of a matrix's block and role in a scalar's tag: `up/block_003`, `q/mtp_000`."""
+    key = block_key(matrix)
+    if key == matrix:
+        return role_of(matrix)
+    place, _, number = key.rpartition(".")
+    return f"{role_of(matrix)}/{place}_{int(number):03d}"
+
+
+class Observer:
+    """What a run leaves behind.
+
+    Args:
+        say: prints a line, on one rank of the job.
+        csv_log: the CSV files, on the rank that writes them.
+        tensorboard: the host's writer, on the rank that has one.
+        wandb: the host's Weights & Biases module or run, on the rank that has one.
+        wandb_step: step of the row that the host is about to log there. Without it values join the
+            row of the host's next call of `log`.
+        log_interval: updates from one row of learning rates to the next.
+        by_role: scalars per block and role, as the CSV files have it where they do.
+    """
+
+    def __init__(
+        self,
+        *,
+        say: Callable[[str], None],
+        csv_log: CsvLog | None = None,
+        tensorboard: ScalarWriter | None = None,
+        wandb: Any = None,
+        wandb_step: Callable[[], int] | None = None,
+        log_interval: int = 100,
+        by_role: bool = False,
+    ) -> None:
+        self.say = say
+        self.by_role = by_role
+        self.log_interval = log_interval
+        self._csv = csv_log
+        self._tensorboard = tensorboard
+        self._wandb = wandb
+        self._wandb_step = wandb_step
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes anything but lines."""
+        return any(to is not None for to in (self._csv, self._tensorboard, self._wandb))
+
+    @property
+    def reads_spectra(self) -> bool:
+        """Whether this rank wants the singular values of every measurement."""
+        return self._csv is not None and not self._csv.by_role
+
+    def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
+        """Begin the files, or cut what a resumed run will write again.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        if self._csv is not None:
+            self._csv.open(measured_up_to=measured_up_to, rates_up_to=rates_up_to)
+        if self._wandb is not None:
+            self._to_host("the axes of W&B's curves", self._define_axes)
+
+    def _define_axes(self) -> None:
+        axes = {f"llr/{name}*": _UPDATE for name in MatrixRates._fields}
+        axes |= dict.fromkeys(("llr/alpha*", "llr/target_multiplier*"), _MEASURED)
+        for axis in (_UPDATE, _MEASURED):
+            self._wandb.define_metric(axis)
+        for curves, axis in axes.items():
+            self._wandb.define_metric(curves, step_metric=axis)
+
+    def measured(
+        self,
+        iteration: int,
+        table: SpectrumTable,
+        targets: Mapping[str, float],
+        matrix_index: MatrixIndex,
+        spectra: Mapping[str, Any],
+    ) -> None:
+        """Record a measurement that precedes update `iteration`."""
+        if self._csv is not None:
+            self._guarded(
+                lambda csv_log: csv_log.write_measurement(iteration, table, targets, matrix_index)
+            )
+        if self.reads_spectra:
+            self._guarded(lambda csv_log: csv_log.write_spectra(spectra))
+        for estimator in ESTIMATORS:
+            alphas = {matrix: record.alpha(estimator) for matrix, record in table.items()}
+            self._scalars(f"llr/alpha_{estimator}", alphas, iteration, _MEASURED)
+        self._scalars("llr/target_multiplier", targets, iteration, _MEASURED)
+
+    def stepped(self, iteration: int, rates: Mapping[str, MatrixRates]) -> None:
+        """Record the learning rates that update `iteration` used, and how far it went."""
+        if self._csv is not None:
+            rows = [(matrix, *values) for matrix, values in rates.items()]
+            self._guarded(lambda csv_log: csv_log.write_rates(iteration, rows))
+        for name in MatrixRates._fields:
+            values = {matrix: getattr(found, name) for matrix, found in rates.items()}
+            self._scalars(f"llr/{name}", values, iteration, _UPDATE)
+
+    def _guarded(self, write: Callable[[CsvLog], None]) -> None:
+        """A log that cannot be written is no reason to lose a training run."""
+        assert self._csv is not None
+        try:
+            write(self._csv)
+        except OSError as broken:
+            logger.warning("megatron_llr: %s not written: %s", self._csv.folder, broken)
+
+    def _to_host(self, what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
+            logger.warning("megatron_llr: %s not written: %s", what, broken)
+
+    def _scalars(
+        self, tag: str, found: Mapping[str, float | None], iteration: int, axis: str
+    ) -> None:
+        values = {matrix: value for matrix, value in found.items() if value is not None}
+        if not values or (self._tensorboard is None and self._wandb is None):
+            return
+        scalars = (
+            self._by_block(tag, values)
+            if self.by_role
+            else {f"{tag}/{_series(matrix)}": value for matrix, value in values.items()}
+        )
+        for role, spread in by_role(values).items():
+            scalars.update(_named(f"{tag}-by-role/{role}", spread))
+
+        def write() -> None:
+            if self._tensorboard is not None:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
+            if self._wandb is not None:
+                # A step ahead of the host's, or a row closed here, and W&B drops what the host logs
+                # next; a step behind it, and W&B drops ours.
+                step = self._wandb_step() if self._wandb_step else None
+                self._wandb.log({**scalars, axis: iteration}, step=step, commit=False)
+
+        self._to_host(tag, write)
+
+    @staticmethod
+    def _by_block(tag: str, values: Mapping[str, float]) -> dict[str, float]:
+        """One scalar where a block has one matrix of a role, else mean, minimum and maximum."""
+        scalars: dict[str, float] = {}
+        for matrices in by_block_and_role(values).values():
+            series = f"{tag}/{_group_series(matrices[0])}"
+            spread = spread_of(values[matrix] for matrix in matrices)
+            if len(matrices) == 1:
+                scalars[series] = values[matrices[0]]
+            elif spread is not None:
+                scalars.update(_named(series, spread))
+        return scalars
+
+
+def _named(tag: str, spread: Spread) -> dict[str, float]:
+    return {f"{tag}/mean": spread.mean, f"{tag}/min": spread.low, f"{tag}/max": spread.high}

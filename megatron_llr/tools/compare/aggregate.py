@@ -1,0 +1,242 @@
+"""From results to one row per policy, each at its own best learning rate."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_llr.tools.compare.counterparts import Effect, effects
+from megatron_llr.tools.compare.grid import Grid
+from megatron_llr.tools.compare.results import Result
+from megatron_llr.tools.compare.statistics import (
+    Curve,
+    Difference,
+    Mean,
+    difference_of,
+    mean_curve,
+    mean_of,
+    reaches,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one policy at one learning rate."""
+
+    policy: str
+    learning_rate: float
+    results: tuple[Result, ...]
+    planned: int
+
+    @property
+    def diverged(self) -> int:
+        """How many of the runs diverged."""
+        return sum(result.diverged for result in self.results)
+
+    @property
+    def final(self) -> Mean:
+        """Final validation loss over the seeds; infinite if any run diverged."""
+        return mean_of([result.final for result in self.results])
+
+    @property
+    def best(self) -> Mean:
+        """Best validation loss over the seeds; infinite if any run diverged."""
+        return mean_of([result.best for result in self.results])
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Seed -> final validation loss."""
+        return {result.run.seed: result.final for result in self.results}
+
+    @property
+    def curve(self) -> list[tuple[int, Mean]]:
+        """Mean validation loss of the runs that did not diverge."""
+        return mean_curve([result.curve for result in self.results if not result.diverged])
+
+    @property
+    def means(self) -> Curve:
+        """The curve without its errors."""
+        return [(iteration, mean.value) for iteration, mean in self.curve]
+
+    def on(self, seeds: Collection[int]) -> "Cell":
+        """The same with these seeds alone."""
+        return replace(self, results=tuple(r for r in self.results if r.run.seed in seeds))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two policies, each at its best rate, both chosen on the same seeds.
+
+    Attributes:
+        ours: the one, with all its seeds.
+        theirs: what it is compared with, with all its seeds.
+        chosen_on: seeds that the rates were chosen on; empty if the two have none in common.
+    """
+
+    ours: Cell
+    theirs: Cell
+    chosen_on: frozenset[int]
+
+    @property
+    def common(self) -> frozenset[int]:
+        """Seeds of both."""
+        return frozenset(self.ours.by_seed.keys() & self.theirs.by_seed.keys())
+
+    @property
+    def difference(self) -> Difference | None:
+        """Of the final losses; None where one diverged, or without a seed in common or interval."""
+        if self.ours.diverged or self.theirs.diverged:
+            return None
+        found = difference_of(self.ours.by_seed, self.theirs.by_seed)
+        return found if found.paired or math.isfinite(found.low) else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at its best learning rate, beside the control at its own."""
+
+    cell: Cell
+    difference: Difference | None
+    tokens: float | None
+    speedup: float | None
+    notes: tuple[str, ...]
+
+
+def cells_of(grid: Grid, results: Sequence[Result]) -> list[Cell]:
+    """Policy by policy, rate by rate; without those that have no finished run."""
+    found = []
+    for policy in grid.policies:
+        for rate in grid.learning_rates:
+            mine = tuple(
+                result
+                for result in results
+                if result.run.policy == policy and result.run.learning_rate == rate
+            )
+            if mine:
+                found.append(Cell(policy, rate, mine, len(grid.seeds)))
+    return found
+
+
+def _shared_seeds(ours: Sequence[Cell], theirs: Sequence[Cell]) -> frozenset[int]:
+    """Seeds to choose rates on: those of all cells but the ones that lack the commonest seed."""
+    both = [frozenset(cell.by_seed) for cell in (*ours, *theirs)]
+    of_each = [{seed for cell in cells for seed in cell.by_seed} for cells in (ours, theirs)]
+    known = sorted(set.intersection(*of_each))
+    if not known:
+        return frozenset()
+    commonest = max(known, key=lambda seed: sum(seed in each for each in both))
+    return frozenset.intersection(*(seeds for seeds in both if commonest in seeds))
+
+
+def _best(cells: Sequence[Cell], seeds: frozenset[int]) -> Cell:
+    """The rate with the smallest mean final loss on `seeds`, among the cells that have them all."""
+    whole = [cell for cell in cells if seeds <= cell.by_seed.keys()]
+    return min(whole, key=lambda cell: (cell.diverged > 0, cell.on(seeds).final.value))
+
+
+def pair_of(cells: Sequence[Cell], policy: str, against: str) -> Pair | None:
+    """Two policies at their best rates; None where one has no finished run.
+
+    A loss depends on the seed as much as on the policy: in a grid that is not done, a mean over
+    more seeds would be compared with one over fewer.
+    """
+    ours = [cell for cell in cells if cell.policy == policy]
+    theirs = [cell for cell in cells if cell.policy == against]
+    if not ours or not theirs:
+        return None
+    seeds = _shared_seeds(ours, theirs)
+    alone = (_shared_seeds(each, each) for each in (ours, theirs))
+    first, second = (seeds, seeds) if seeds else alone
+    return Pair(_best(ours, first), _best(theirs, second), seeds)
+
+
+def _left_out(grid: Grid, cells: Sequence[Cell], policy: str, seeds: frozenset[int]) -> list[str]:
+    """Rates that the best of a policy was not chosen from, with how many seeds they have."""
+    have = {cell.learning_rate: cell.by_seed.keys() for cell in cells if cell.policy == policy}
+    return [
+        f"{rate:g} ({len(have.get(rate, ()))} of {len(grid.seeds)})"
+        for rate in grid.learning_rates
+        if rate not in have or not seeds <= have[rate]
+    ]
+
+
+def _named(seeds: Collection[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+
+
+def _notes(grid: Grid, cells: Sequence[Cell], pair: Pair, control: Pair | None) -> list[str]:
+    """What a row's numbers rest on; `control` is the control beside itself."""
+    cell, other = pair.ours, pair.theirs
+    notes = [
+        f"diverged at {each.learning_rate:g}: {each.diverged} of {len(each.results)}"
+        for each in cells
+        if each.policy == cell.policy and each.diverged
+    ]
+    if len(cell.results) < cell.planned:
+        notes.append(f"{len(cell.results)} of {cell.planned} seeds")
+    if left := _left_out(grid, cells, cell.policy, pair.chosen_on):
+        notes.append(f"rates left out for missing seeds: {', '.join(left)}")
+    if control is None or other.policy == cell.policy:
+        return notes
+    left = _left_out(grid, cells, other.policy, pair.chosen_on)
+    if left and left != _left_out(grid, cells, other.policy, control.chosen_on):
+        notes.append(f"of the control: {', '.join(left)}")
+    if not pair.common:
+        return [*notes, "no seed in common with the control"]
+    if pair.common < cell.by_seed.keys() | other.by_seed.keys():
+        notes.append(f"compared on {_named(pair.common)} alone")
+    if pair.chosen_on < pair.common:
+        notes.append(f"rates chosen on {_named(pair.chosen_on)} alone")
+    if other.learning_rate != control.ours.learning_rate:
+        notes.append(f"compared with the control at {other.learning_rate:g}")
+    return notes
+
+
+def at_the_edge(cells: Sequence[Cell], rows: Sequence[Row]) -> list[str]:
+    """Policies whose best rate is the smallest or largest tried: a better one may lie beyond."""
+    found = []
+    for row in rows:
+        policy, rate = row.cell.policy, row.cell.learning_rate
+        tried = sorted(cell.learning_rate for cell in cells if cell.policy == policy)
+        if len(tried) > 1 and rate in (tried[0], tried[-1]):
+            found.append(policy)
+    return found
+
+
+def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
+    """The table: every policy with a finished run, the control first.
+
+    Losses are over all seeds of a policy; what compares it with the control is on their common
+    ones.
+    """
+    cells = cells_of(grid, results)
+    control = pair_of(cells, grid.control, grid.control)
+    rows = []
+    for policy in sorted(grid.policies, key=lambda name: name != grid.control):
+        pair = pair_of(cells, policy, grid.control if control else policy)
+        if pair is None:
+            continue
+        cell, means = pair.ours, pair.ours.on(pair.common).means
+        reference = pair.theirs.on(pair.common).means if control else []
+        goal = reference[-1][1] if reference else math.nan
+        start = reaches(reference, goal)
+        iteration = reaches(means, goal) if not cell.diverged else None
+        rows.append(
+            Row(
+                cell=cell,
+                difference=pair.difference if policy != pair.theirs.policy else None,
+                tokens=None if iteration is None else iteration * grid.tokens_per_iteration,
+                speedup=start / iteration if iteration and start else None,
+                notes=tuple(_notes(grid, cells, pair, control)),
+            )
+        )
+    return rows
+
+
+def effect_rows(grid: Grid, results: Sequence[Result]) -> list[tuple[Effect, Difference | None]]:
+    """What tells the embedding's rate, the mean and the order apart, each at its best rate."""
+    cells = cells_of(grid, results)
+    return [
+        (effect, pair.difference)
+        for effect in effects(grid.policies, grid.flags, grid.control)
+        if (pair := pair_of(cells, effect.policy, effect.against)) is not None
+    ]

@@ -1,0 +1,214 @@
+"""A grid from one YAML file: policies x learning rates x seeds, each a list of flags."""
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llr.errors import user_error
+from megatron_llr.tools.compare.counterparts import with_counterparts
+from megatron_llr.tools.compare.flags import value_of
+
+_KEYS = {
+    "out": "folder of the runs and of the report",
+    "flags": "flags that all runs share",
+    "policies": "name -> flags of the policy",
+    "learning_rates": "values of --lr",
+    "seeds": "values of --seed",
+    "control": "policy that the others are compared with (uniform)",
+    "counterparts": "whether every esd policy gets its controls (true)",
+    "min_lr_ratio": "--min-lr over --lr (0.1)",
+    "launch": "launcher, as torchrun --nproc-per-node 8 (one process of this Python)",
+    "script": "training script (pretrain_gpt_llr.py)",
+    "gpus_per_run": "GPUs of one job, for several at a time on one node",
+}
+_NEEDED = ("out", "flags", "policies", "learning_rates", "seeds")
+# What turns a curve over iterations into one over tokens, and what makes it a curve.
+_NEEDED_FLAGS = ("--global-batch-size", "--seq-length", "--train-iters", "--eval-iters")
+# Every run starts from the weights of its seed and is evaluated on the same tokens.
+_FAIR_FLAGS = ("--llr-same-start", "--llr-fixed-validation")
+# Set by the grid for every run.
+_OWN_FLAGS = (
+    "--lr",
+    "--min-lr",
+    "--seed",
+    "--tensorboard-dir",
+    "--llr-log-dir",
+    "--save",
+    "--load",
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training job of a grid.
+
+    Attributes:
+        policy: name of the policy in the grid.
+        learning_rate: value of `--lr`.
+        seed: value of `--seed`.
+        settings: all flags that say what is trained; no paths of this run.
+        folder: where it leaves its log, events, CSV files and `done.json`.
+    """
+
+    policy: str
+    learning_rate: float
+    seed: int
+    settings: tuple[str, ...]
+    folder: Path
+
+    @property
+    def digest(self) -> str:
+        """Names the settings: equal digests, equal runs."""
+        return hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.policy}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one YAML file asks for (`README.md` in `examples/` shows one)."""
+
+    out: Path
+    flags: tuple[str, ...]
+    policies: Mapping[str, tuple[str, ...]]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    control: str
+    min_lr_ratio: float
+    launch: tuple[str, ...]
+    script: str
+    gpus_per_run: int
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Tokens of one update."""
+        batch, length = (value_of(self.flags, flag) for flag in _NEEDED_FLAGS[:2])
+        return int(batch or 0) * int(length or 0)
+
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed, so that a grid that is not done yet can be read."""
+        return [
+            self._run(policy, rate, seed)
+            for seed in self.seeds
+            for rate in self.learning_rates
+            for policy in self.policies
+        ]
+
+    def _run(self, policy: str, rate: float, seed: int) -> Run:
+        chosen = self.policies[policy]
+        settings = [*self.flags, *chosen, "--lr", f"{rate:g}"]
+        settings += ["--min-lr", f"{rate * self.min_lr_ratio:g}", "--seed", str(seed)]
+        if value_of([*self.flags, *chosen], "--llr-policy") == "random":
+            # Another permutation for every seed: one alone could be a lucky one.
+            settings += ["--llr-random-seed", str(seed)]
+        settings += [flag for flag in _FAIR_FLAGS if flag not in settings]
+        folder = self.out / policy / f"lr-{rate:g}" / f"seed-{seed}"
+        return Run(policy, rate, seed, tuple(settings), folder)
+
+
+def _wrong(path: Path, got: object, allowed: str) -> ValueError:
+    return user_error(f"bad grid {path}", got=got, allowed=allowed, remedy="mend the file")
+
+
+def _words(text: Any, path: Path, key: str) -> tuple[str, ...]:
+    """Flags given as one string, as a list of words, or not at all."""
+    if text is None:
+        return ()
+    if isinstance(text, str):
+        return tuple(shlex.split(text, comments=True))
+    if isinstance(text, Sequence) and not isinstance(text, bytes):
+        return tuple(str(word) for word in text)
+    raise _wrong(path, f"{key}: {text!r}", "flags in one string, or a list of words")
+
+
+def _numbers(values: Any, kind: type, path: Path, key: str) -> tuple[Any, ...]:
+    try:
+        # YAML 1.1 reads 1e-3 as a string.
+        found = tuple(kind(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or len(set(found)) < len(found) or (kind is float and min(found) <= 0):
+        raise _wrong(path, f"{key}: {values!r}", "a list of different numbers, rates above 0")
+    if kind is float and len({f"{value:g}" for value in found}) < len(found):
+        raise _wrong(path, f"{key}: {values!r}", "rates that differ in their first six digits")
+    return found
+
+
+def _number(value: Any, kind: type, path: Path, key: str) -> Any:
+    try:
+        found = kind(value)
+    except (TypeError, ValueError):
+        found = -1
+    if not 0 <= found < math.inf:
+        raise _wrong(path, f"{key}: {value!r}", "a number, 0 or more")
+    return found
+
+
+def read_grid(path: Path, out: Path | None = None) -> Grid:
+    """Read and check a grid.
+
+    Args:
+        path: the YAML file.
+        out: instead of the file's own `out`.
+
+    Raises:
+        ValueError: naming what is wrong in the file.
+        ImportError: where PyYAML is not installed.
+    """
+    try:
+        import yaml
+    except ImportError as missing:
+        raise ImportError("grids need PyYAML: pip install 'megatron-llr[compare]'") from missing
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as broken:
+        raise _wrong(path, f"{type(broken).__name__}: {broken}", "a YAML file") from broken
+    if not isinstance(given, dict) or set(given) - set(_KEYS) or set(_NEEDED) - set(given):
+        keys = "; ".join(f"{key}: {meaning}" for key, meaning in _KEYS.items())
+        got = sorted(map(str, given)) if isinstance(given, dict) else repr(given)
+        raise _wrong(path, got, f"{keys}. Always: {', '.join(_NEEDED)}")
+    flags = _words(given["flags"], path, "flags")
+    absent = [flag for flag in _NEEDED_FLAGS if value_of(flags, flag) is None]
+    if absent:
+        raise _wrong(path, f"flags without {', '.join(absent)}", f"flags with {_NEEDED_FLAGS}")
+    if not isinstance(given["policies"], dict):
+        raise _wrong(path, f"policies: {given['policies']!r}", "a mapping from names to flags")
+    policies = {
+        str(name): _words(text, path, f"policies: {name}")
+        for name, text in given["policies"].items()
+    }
+    for name, words in [("flags", flags), *policies.items()]:
+        for flag in _OWN_FLAGS:
+            if value_of(words, flag) is not None:
+                raise _wrong(path, f"{name}: {flag}", f"no {flag}: the grid sets it for every run")
+    bad = [name for name in policies if not _NAME.fullmatch(name)]
+    control = str(given.get("control", "uniform"))
+    if bad or control not in policies:
+        allowed = f"names of letters, digits, . _ -; one of them the control {control!r}"
+        raise _wrong(path, f"policies {', '.join(policies)}", allowed)
+    if given.get("counterparts", True):
+        try:
+            policies = with_counterparts(policies, flags, control)
+        except ValueError as taken:
+            allowed = "another name, the counterpart's flags, or counterparts: false"
+            raise _wrong(path, taken, allowed) from None
+    return Grid(
+        out=out or Path(str(given["out"])).expanduser(),
+        flags=flags,
+        policies=policies,
+        learning_rates=_numbers(given["learning_rates"], float, path, "learning_rates"),
+        seeds=_numbers(given["seeds"], int, path, "seeds"),
+        control=control,
+        min_lr_ratio=_number(given.get("min_lr_ratio", 0.1), float, path, "min_lr_ratio"),
+        launch=_words(given.get("launch"), path, "launch"),
+        script=str(given.get("script", "pretrain_gpt_llr.py")),
+        gpus_per_run=_number(given.get("gpus_per_run", 1), int, path, "gpus_per_run"),
+    )

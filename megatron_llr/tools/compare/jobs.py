@@ -1,0 +1,296 @@
+"""Runs a grid: one or several jobs at a time, each once, however often it is interrupted."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from megatron_llr.errors import user_error
+from megatron_llr.tools.compare.flags import settings, value_of
+from megatron_llr.tools.compare.grid import Grid, Run
+from megatron_llr.tools.compare.results import DONE, losses, read_done, write_done
+from megatron_llr.version import __version__
+
+# What Megatron's checks say before they end a job whose loss or gradient is not finite.
+_NOT_FINITE = re.compile(r"found (NaN|Inf) in|Unexpected result (nan|inf)", re.I)
+_POLL_SECONDS = 0.2
+# Ranks are in sessions of their own: torchrun alone reaches them, and kills after 30 s
+# (torch.distributed.elastic.multiprocessing).
+_GRACE_SECONDS = 45
+
+
+@dataclass
+class _Job:
+    run: Run
+    process: subprocess.Popen[bytes]
+    started: float
+    slot: int
+
+
+def environment(grid: Grid) -> dict[str, str]:
+    """What decides what a run computes, besides its settings: versions and the launcher."""
+    found = {"megatron-llr": __version__, "python": sys.version.split()[0]}
+    found["launch"] = " ".join(grid.launch) or "one process"
+    for package in ("torch", "megatron-core", "transformer-engine"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        found["commit"] = told.stdout.strip()
+    except OSError:
+        found["commit"] = ""
+    return found
+
+
+def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
+    """The command line of a run; `slot` tells jobs that run at the same time apart."""
+    launch = grid.launch or (sys.executable, "-W", "ignore")
+    paths = ["--tensorboard-dir", str(run.folder / "tensorboard"), "--llr-log-dir", str(run.folder)]
+    if value_of(run.settings, "--data-cache-path") is None:
+        # Jobs that build an index at the same time must not share the file.
+        paths += ["--data-cache-path", str(grid.out / "cache" / f"slot-{slot}")]
+    if value_of(run.settings, "--save-interval") is not None:
+        checkpoint = str(run.folder / "checkpoint")
+        paths += ["--save", checkpoint, "--load", checkpoint]
+    # The loss at update 1 is what a run's start and its divergence are told by.
+    return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
+
+
+def _visible_gpus(grid: Grid, jobs: int) -> list[str] | None:
+    """The GPUs that all jobs together may use; none where they are hidden, None if any may be.
+
+    Raises:
+        ValueError: if they are too few.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    visible = [] if given in ("", "-1") else given.split(",")
+    if visible and len(visible) < jobs * grid.gpus_per_run:
+        raise user_error(
+            f"too few GPUs for {jobs} jobs of {grid.gpus_per_run}",
+            got=f"CUDA_VISIBLE_DEVICES={given}",
+            allowed=f"at least {jobs * grid.gpus_per_run} GPUs",
+            remedy="lower --jobs or the grid's gpus_per_run (0 for jobs without a GPU)",
+        )
+    return visible
+
+
+def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
+    chosen = dict(os.environ)
+    if not grid.launch:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # One process is a whole job, as torchrun would tell it.
+        chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        chosen.setdefault("OMP_NUM_THREADS", "1")
+    if jobs > 1 and (visible := _visible_gpus(grid, jobs)) != []:
+        first = slot * grid.gpus_per_run
+        every = visible or [str(index) for index in range(jobs * grid.gpus_per_run)]
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(every[first : first + grid.gpus_per_run])
+    return chosen
+
+
+def _lock(log: IO[bytes]) -> bool:
+    """Lock a job's log; False if a job of another call, which inherits the lock, still runs."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks.
+        return True
+    return True
+
+
+def _check_that_no_job_runs(run: Run) -> None:
+    path = run.folder / "log.txt"
+    if not path.exists():
+        return
+    with path.open("ab") as log:
+        if not _lock(log):
+            raise user_error(
+                f"{run.folder} has a job that still runs",
+                got=f"a lock on {path}",
+                allowed="one job in a folder",
+                remedy="wait for the job or end it (fuser -v FILE names its processes)",
+            )
+
+
+def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
+    """The runs that are not done.
+
+    Raises:
+        ValueError: if a finished run was made with other settings, unless `rerun_changed`: a result
+            is never thrown away unasked; or if a job of another call still runs in a folder.
+    """
+    waiting = []
+    for run in grid.runs():
+        record = read_done(run)
+        if record is None:
+            waiting.append(run)
+        elif record["digest"] != run.digest:
+            before, now = settings(record["settings"]), settings(run.settings)
+            changed = sorted(f for f in before.keys() | now.keys() if before.get(f) != now.get(f))
+            if not rerun_changed:
+                raise user_error(
+                    f"{run.folder} holds a finished run with other settings",
+                    got=", ".join(f"{f} {before.get(f)}, now {now.get(f)}" for f in changed)
+                    or "the same flags in another order",
+                    allowed="the settings of the grid",
+                    remedy="give the grid another out, or run it with --rerun-changed",
+                )
+            waiting.append(run)
+    for run in waiting:
+        _check_that_no_job_runs(run)
+    return waiting
+
+
+def _prepare_folder(run: Run) -> None:
+    """Empty the folder of a run, unless a checkpoint in it is of these very settings."""
+    begun = run.folder / "begun.txt"
+    goes_on = (
+        (run.folder / "checkpoint").exists()
+        and not (run.folder / DONE).exists()
+        and begun.exists()
+        and begun.read_text(encoding="utf-8") == run.digest
+    )
+    if run.folder.exists() and not goes_on:
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(run.digest, encoding="utf-8")
+
+
+def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
+    _prepare_folder(run)
+    with (run.folder / "log.txt").open("ab") as log:
+        _lock(log)
+        process = subprocess.Popen(
+            command(grid, run, slot),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_job_environment(grid, slot, jobs),
+            start_new_session=True,
+        )
+    return _Job(run, process, time.monotonic(), slot)
+
+
+def _stop(jobs: Sequence[_Job]) -> None:
+    """End jobs and all their ranks."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for job in jobs:
+            if job.process.poll() is None:
+                os.killpg(job.process.pid, number)
+        while time.monotonic() < deadline and any(job.process.poll() is None for job in jobs):
+            time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a job that has ended came to, and whether the next call need not try it again."""
+
+    text: str
+    done: bool
+
+
+def _ended_early(run: Run, reached: int) -> str:
+    """A job that ended well before its last update: by --exit-interval, a time limit, a signal."""
+    saved = (run.folder / "checkpoint").exists()
+    goes_on = "goes on from its checkpoint" if saved else "begins it again (no --save-interval)"
+    asked = value_of(run.settings, "--train-iters")
+    return (
+        f"NOT DONE, ended with code 0, last evaluated at update {reached} of {asked}: "
+        f"see {run.folder}/log.txt; the next call {goes_on}"
+    )
+
+
+def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
+    """Record a job that has ended, if it reached its last update or a loss that is not finite."""
+    seconds = time.monotonic() - job.started
+    text = (job.run.folder / "log.txt").read_text(errors="replace")
+    code = job.process.returncode
+    died_of_nan = code != 0 and _NOT_FINITE.search(text) is not None
+    _, curve = losses(job.run.folder)
+    if not died_of_nan:
+        reached = curve[-1][0] if curve else 0
+        if code == 0 and reached < int(value_of(job.run.settings, "--train-iters") or 0):
+            return _Outcome(_ended_early(job.run, reached), done=False)
+        if code != 0:
+            return _Outcome(f"FAILED with code {code}: see {job.run.folder}/log.txt", done=False)
+    write_done(
+        job.run,
+        died_of_nan=died_of_nan,
+        seconds=seconds,
+        environment=versions,
+        command=command(grid, job.run, job.slot),
+    )
+    came_to = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
+    return _Outcome(f"{came_to} ({seconds:.0f} s)", done=True)
+
+
+def run_grid(
+    grid: Grid, waiting: Sequence[Run], *, jobs: int, say: Callable[[str], None]
+) -> list[Run]:
+    """Run what is waiting.
+
+    Args:
+        grid: the grid.
+        waiting: as `pending` gives it.
+        jobs: how many at a time.
+        say: prints a line of progress.
+
+    Returns:
+        The runs that did not reach their last update, for another reason than a loss that is not
+        finite; they are not recorded as done, and the next call tries them again.
+
+    Raises:
+        ValueError: before any job, if CUDA_VISIBLE_DEVICES has too few GPUs for several at a time.
+    """
+    if jobs > 1:
+        _visible_gpus(grid, jobs)
+    total, versions = len(grid.runs()), environment(grid)
+    begun, done, left = time.monotonic(), 0, list(waiting)
+    failed: list[Run] = []
+    active: list[_Job] = []
+    if len(left) < total:
+        say(f"{total - len(left)} of {total} runs are done already")
+    try:
+        while left or active:
+            while left and len(active) < jobs:
+                slot = min(set(range(jobs)) - {job.slot for job in active})
+                active.append(_start(grid, left.pop(0), slot, jobs))
+            time.sleep(_POLL_SECONDS)
+            for job in [job for job in active if job.process.poll() is not None]:
+                active.remove(job)
+                done += 1
+                outcome = _finish(grid, job, versions)
+                if not outcome.done:
+                    failed.append(job.run)
+                rest = (time.monotonic() - begun) / done * (len(waiting) - done) / 60
+                say(
+                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome.text}; "
+                    f"about {rest:.0f} min left"
+                )
+    finally:
+        _stop(active)
+    return failed

@@ -1,0 +1,117 @@
+"""What a run left: its validation losses, and the record that says it is done."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llr.tools.compare.grid import Run
+
+DONE = "done.json"
+_VERSION = 1
+TRAINING = "lm loss"
+VALIDATION = "lm loss validation"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that is done.
+
+    Attributes:
+        run: what was asked for.
+        first_loss: training loss at update 1, before any weight has moved; NaN if not logged.
+        curve: (iteration, validation loss) at every evaluation.
+        diverged: it ended in a loss that is not finite, or above the first one.
+        seconds: wall time of the job.
+        environment: versions that it ran with.
+    """
+
+    run: Run
+    first_loss: float
+    curve: tuple[tuple[int, float], ...]
+    diverged: bool
+    seconds: float
+    environment: Mapping[str, str]
+
+    @property
+    def final(self) -> float:
+        """Validation loss of the last evaluation; infinite if the run diverged."""
+        return math.inf if self.diverged or not self.curve else self.curve[-1][1]
+
+    @property
+    def best(self) -> float:
+        """Smallest validation loss; infinite if the run diverged."""
+        return math.inf if self.diverged or not self.curve else min(v for _, v in self.curve)
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Tag -> iteration -> value in a folder of TensorBoard events; no folder, no tags.
+
+    Of one file, that is of one start of the job, the first value of an iteration counts: Megatron
+    writes the loss on the test set under the validation's tag, after it. A later file, of a job
+    that was gone on with, replaces what it repeats.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("events.*")):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in {TRAINING, VALIDATION}.intersection(events.Tags()["scalars"]):
+            mine = {point.step: point.value for point in reversed(events.Scalars(tag))}
+            before = found.get(tag, {}).items()
+            found[tag] = {step: value for step, value in before if step < min(mine)} | mine
+    return found
+
+
+def losses(folder: Path) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """First training loss, and validation losses by iteration, of a run's folder."""
+    found = scalars(folder / "tensorboard")
+    first = found.get(TRAINING, {}).get(1, math.nan)
+    return first, tuple(sorted(found.get(VALIDATION, {}).items()))
+
+
+def has_diverged(first: float, curve: tuple[tuple[int, float], ...], died_of_nan: bool) -> bool:
+    """Whether a run ended nowhere: a result like any other, shown as such."""
+    if died_of_nan or not curve:
+        return died_of_nan
+    last = curve[-1][1]
+    return not math.isfinite(last) or last > first
+
+
+def read_done(run: Run) -> dict[str, Any] | None:
+    """The record of a finished run, or None. A record that cannot be read counts as none."""
+    try:
+        record = json.loads((run.folder / DONE).read_text(encoding="utf-8"))
+        return dict(record) if record["version"] == _VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> None:
+    """Record that a run is done: written beside, then renamed, so that it is whole or not there."""
+    record = {
+        "version": _VERSION,
+        "digest": run.digest,
+        "settings": list(run.settings),
+        "died_of_nan": died_of_nan,
+        "seconds": round(seconds, 2),
+        **more,
+    }
+    beside = run.folder / (DONE + ".part")
+    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(beside, run.folder / DONE)
+
+
+def read_result(run: Run) -> Result | None:
+    """What a finished run left, or None if it is not done or its settings were others."""
+    record = read_done(run)
+    if record is None or record["digest"] != run.digest:
+        return None
+    first, curve = losses(run.folder)
+    diverged = has_diverged(first, curve, bool(record["died_of_nan"]))
+    environment = dict(record.get("environment", {}))
+    return Result(run, first, curve, diverged, float(record["seconds"]), environment)

@@ -1,1 +1,0 @@
-"""The extension inside `megatron.training`: flags, scheduler, hooks, and the GPT job."""
