@@ -31,8 +31,11 @@ SMALL = 512
 
 
 @contextlib.contextmanager
-def _full_precision_products() -> Iterator[None]:
-    """Matrix products without TF32: its 10-bit mantissa would show in the exponents."""
+def full_precision() -> Iterator[None]:
+    """Matrix products in the dtype of their factors: neither TF32 nor autocast.
+
+    The 10-bit mantissa of TF32 would show in the exponents, and the 7 bits of bf16 all the more.
+    """
     mkldnn: Any = torch.backends.mkldnn
     backends = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
     settings: list[tuple[Any, str, Any]]
@@ -45,10 +48,48 @@ def _full_precision_products() -> Iterator[None]:
     try:
         for backend, name, exact in settings:
             setattr(backend, name, exact)
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for (backend, name, _), value in zip(settings, before, strict=True):
             setattr(backend, name, value)
+
+
+def plain_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix that solvers understand.
+
+    Returns:
+        [R, C] detached, strided, of the dtype and device of `weight`; fp32 where the dtype is one
+        of 8 bits, and the values of a quantized tensor.
+
+    Raises:
+        ValueError: if `weight` is not a matrix of real floating-point values that lie in memory.
+    """
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError(f"expected a matrix, got {type(weight).__name__}")
+    weight = weight.detach()
+    kind = type(weight)
+    if weight.is_quantized or kind.dequantize is not torch.Tensor.dequantize:
+        weight = weight.dequantize()
+        kind = type(weight)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        # What holds its values elsewhere, as a DTensor does.
+        raise ValueError(f"expected a matrix as a plain tensor, got {kind.__name__}")
+    if weight.layout != torch.strided or weight.is_nested:
+        raise ValueError(f"expected a dense matrix, got layout {weight.layout}")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"expected a matrix, got a tensor of shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"expected a matrix of a float dtype, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError("expected a matrix with values, got one on the meta device")
+    weight = weight.as_subclass(torch.Tensor)
+    if weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return weight
+    try:
+        return weight.float()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"expected a matrix of a float dtype, got {weight.dtype}") from error
 
 
 def _gram_eigenvalues(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -75,15 +116,18 @@ _METHODS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
 }
 
 
-def _holds(eigenvalues: torch.Tensor, allowed_range: float) -> bool:
-    """Whether the upper half of the spectrum stands clear of rounding."""
-    tail_start = eigenvalues[eigenvalues.numel() // 2]
+def stands_clear(eigenvalues: torch.Tensor, allowed_range: float) -> torch.Tensor:
+    """Whether the upper half of each spectrum stands clear of rounding; [..., N] -> [...] bool."""
+    tail_start, largest = eigenvalues[..., eigenvalues.shape[-1] // 2], eigenvalues[..., -1]
     # The largest is zero where the products of small weights underflow.
-    clear = 0 < eigenvalues[-1] <= allowed_range * tail_start
-    return allowed_range == math.inf or bool(clear)
+    return (largest > 0) & (largest <= allowed_range * tail_start)
 
 
-def _is_solvers(error: RuntimeError) -> bool:
+def _holds(eigenvalues: torch.Tensor, allowed_range: float) -> bool:
+    return allowed_range == math.inf or bool(stands_clear(eigenvalues, allowed_range))
+
+
+def is_solvers(error: RuntimeError) -> bool:
     """Whether a solver gave up on this matrix; all else (no memory, a dead GPU) is no reason to go
     on.
     """
@@ -97,10 +141,10 @@ def _attempt(method: str, weight: torch.Tensor) -> torch.Tensor | None:
     """[N] finite eigenvalues, or None where the solver failed."""
     _, solve = _METHODS[method]
     try:
-        with _full_precision_products():
+        with full_precision():
             eigenvalues = solve(weight)
     except RuntimeError as error:
-        if not _is_solvers(error):
+        if not is_solvers(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
     else:
@@ -131,12 +175,10 @@ def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.T
         is not finite or every solver gave up.
 
     Raises:
-        ValueError: if `weight` is not a matrix.
+        ValueError: if `weight` is not a matrix of real floating-point values that lie in memory.
         RuntimeError: where no other solver could help: memory ran out, the device is lost.
     """
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"expected a matrix, got a tensor of shape {tuple(weight.shape)}")
-    weight = weight.detach()
+    weight = plain_matrix(weight)
     full = full or min(weight.shape) <= SMALL
     if torch.isfinite(weight).all():
         for method, (allowed_range, _) in _METHODS.items():

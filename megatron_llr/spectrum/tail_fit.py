@@ -30,13 +30,24 @@ def _exponents(eigenvalues: torch.Tensor) -> torch.Tensor:
     return 1 + members / (tail_sums - members * logs)
 
 
-def fit_distance(eigenvalues: torch.Tensor, start: int, alpha: float) -> float:
-    """Kolmogorov-Smirnov distance between the tail from `start` and its power law; 1 if no fit."""
-    if not (math.isfinite(alpha) and alpha > 1):
-        return 1.0
-    starts = torch.tensor([start], device=eigenvalues.device)
-    alphas = torch.tensor([alpha], dtype=eigenvalues.dtype, device=eigenvalues.device)
-    return float(_distances(eigenvalues, starts, alphas)[0])
+def fit_distances(eigenvalues: torch.Tensor, start: int, alphas: torch.Tensor) -> torch.Tensor:
+    """Kolmogorov-Smirnov distance between each tail from `start` and its power law.
+
+    Args:
+        eigenvalues: [B, N] ascending.
+        start: first eigenvalue of the tail.
+        alphas: [B] exponents.
+
+    Returns:
+        [B] distances, 1 where there is no fit.
+    """
+    tail = eigenvalues[:, start:]
+    model = 1 - (tail / tail[:, :1]).pow(1 - alphas[:, None])
+    count = tail.shape[1]
+    position = torch.arange(count, dtype=tail.dtype, device=tail.device) / count
+    distances = (model - position).abs().amax(dim=1)
+    usable = torch.isfinite(distances) & torch.isfinite(alphas) & (alphas > 1)
+    return torch.where(usable, distances, torch.ones_like(distances))
 
 
 def _distances(
@@ -60,22 +71,21 @@ def _distances(
     return torch.cat(distances)
 
 
-def hill_median(eigenvalues: torch.Tensor) -> float:
-    """Exponent of the tail that starts at the median (arXiv 2605.22297; i = int(N/2)).
+def hill_medians(eigenvalues: torch.Tensor) -> torch.Tensor:
+    """Exponents of the tails that start at the median (arXiv 2605.22297; i = int(N/2)).
 
     Args:
-        eigenvalues: [N] ascending.
+        eigenvalues: [B, N] ascending.
 
     Returns:
-        The exponent, or NaN where the tail holds a zero or has no spread beyond rounding.
+        [B] exponents, NaN where a tail holds a zero or has no spread beyond rounding.
     """
-    start = eigenvalues.numel() // 2
-    tail = eigenvalues[start:]
-    if not bool(tail[0] > 0):
-        return math.nan
+    tail = eigenvalues[:, eigenvalues.shape[1] // 2 :]
+    count = tail.shape[1]
     logs = tail.log()
-    spread = float(logs.sum() - tail.numel() * logs[0])
-    return 1 + tail.numel() / spread if spread > _ROUNDING * tail.numel() else math.nan
+    spread = logs.sum(1) - count * logs[:, 0]
+    usable = (tail[:, 0] > 0) & (spread > _ROUNDING * count)
+    return torch.where(usable, 1 + count / spread, torch.nan)
 
 
 def _search(eigenvalues: torch.Tensor, candidates: torch.Tensor) -> float:

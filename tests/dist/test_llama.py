@@ -11,6 +11,7 @@ from harness import Run, train
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 
+from megatron_llr.megatron import batches as batch_module
 from megatron_llr.megatron.catalog import build_catalog
 from megatron_llr.ranks import gather_objects, together
 from tests.reference import llama
@@ -108,7 +109,7 @@ def test_the_loaded_model_is_the_same_function() -> None:
 @contextlib.contextmanager
 def recorded_batches(batches: list[tuple[int, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """Keep the microbatches that this rank trains on, with its data-parallel rank."""
-    next_batch = batches._next_batch
+    next_batch = batch_module._next_batch
 
     def keep(*args: Any) -> Any:
         batch = next_batch(*args)
@@ -117,11 +118,11 @@ def recorded_batches(batches: list[tuple[int, torch.Tensor, torch.Tensor]]) -> I
         batches.append((rank, batch["tokens"].clone(), batch["labels"].clone()))
         return batch
 
-    batches._next_batch = keep
+    batch_module._next_batch = keep
     try:
         yield
     finally:
-        batches._next_batch = next_batch
+        batch_module._next_batch = next_batch
 
 
 @pytest.mark.world_size(1, 2, 3, 4, 6)
