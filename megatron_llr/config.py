@@ -16,6 +16,7 @@ GRANULARITIES = ("projection", "parameter", "role", "block")
 WEIGHT_DECAYS = ("coupled", "decoupled")
 EMBEDDING_POLICIES = ("max", "one", "measured")
 ROUTER_POLICIES = ("one", "policy")
+STEPS = ("auto", "fused", "grouped")
 SPECTRUM_SOURCES = ("model", "master")
 SPECTRA = ("exact", "sharded", "farms")
 LOG_MATRICES = ("all", "roles")
@@ -120,6 +121,11 @@ class LLRConfig:
     """coupled: decay scales with the multiplier, as AdamW multiplies it by the learning rate.
     decoupled: every matrix decays as at multiplier 1."""
 
+    step: str = "auto"
+    """How an optimizer steps its matrices at rates of their own. fused: all of them in one kernel
+    launch, for Adam with fp32 weights and moments on CUDA. grouped: in param groups, for every
+    element-wise optimizer. auto: fused where the optimizer can, else grouped."""
+
     embedding: str = "max"
     """Multiplier of embedding and head: max (that of --llr-max-multiplier, as published), one,
     measured (from their own spectra), or a number."""
@@ -197,6 +203,7 @@ class LLRConfig:
             "mapping": MAPPINGS,
             "granularity": GRANULARITIES,
             "weight_decay": WEIGHT_DECAYS,
+            "step": STEPS,
             "spectrum": SPECTRA,
             "spectrum_source": SPECTRUM_SOURCES,
             "router": ROUTER_POLICIES,

@@ -5,6 +5,7 @@ inner optimizer sees groups in which every logical matrix has its own learning r
 weight decay.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +13,23 @@ from typing import Any
 
 import torch
 
+from megatron_llr.errors import user_error
 from megatron_llr.matrices.layout import flat_ranges
 from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.param_groups.fused_adam import (
+    AdamKind,
+    FusedAdamStep,
+    reason_against,
+    recognize,
+)
 from megatron_llr.param_groups.probe import stepping
 from megatron_llr.param_groups.row_scaling import RowScaling
 from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from megatron_llr.param_groups.updates import UpdateRecorder, square_sum
 from megatron_llr.param_groups.views import FusedTensor, Part
+
+logger = logging.getLogger(__name__)
 
 # What a layer group sets for itself; everything else that a step changes goes back to the base.
 _OWN_KEYS = frozenset({"params", "lr", "weight_decay"})
@@ -33,6 +43,10 @@ class InnerGroups:
         parts: id of a stepped tensor -> the tensor and the matrices in it.
         decoupled_decay: whether a matrix decays as at multiplier 1.
         on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+        way: `auto` takes the fused way where it can, `fused` demands it, `grouped` avoids it.
+
+    Raises:
+        ValueError: if `way` is `fused` and the optimizer cannot be stepped so.
     """
 
     def __init__(
@@ -42,6 +56,7 @@ class InnerGroups:
         *,
         decoupled_decay: bool,
         on_decay: bool = False,
+        way: str = "auto",
     ) -> None:
         self.optimizer = optimizer
         self.multipliers: Mapping[str, float] = {}
@@ -62,7 +77,30 @@ class InnerGroups:
         self._viewed: list[FusedTensor] = []
         self._row_scaling = RowScaling(optimizer, self._factors)
         self._rates: list[tuple[Any, list[torch.Tensor]]] = []
+        self._fused_adam = self._make_fused(way)
+        self._stepped_for: Mapping[str, float] | None = None
+        self._in_fused = False
         self._register()
+
+    def _make_fused(self, way: str) -> FusedAdamStep | None:
+        tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if way == "grouped" or not tensors:
+            return None
+        reason = reason_against(self.optimizer, tensors)
+        kind = recognize(self.optimizer) if reason is None else reason
+        if isinstance(kind, AdamKind):
+            return FusedAdamStep(self.optimizer, self.parts, kind)
+        name = type(self.optimizer).__name__
+        if way == "fused":
+            raise user_error(
+                f"--llr-step fused cannot step {name}: {kind}",
+                got="--llr-step fused",
+                allowed="an Adam optimizer with fp32 weights and moments on a CUDA device",
+                remedy="use --llr-step auto, which steps it in param groups",
+            )
+        if any(tensor.device.type == "cuda" for tensor in tensors):
+            logger.info("megatron_llr: %s is stepped in param groups: %s", name, kind)
+        return None
 
     def _register(self) -> None:
         inner: Any = self.optimizer
@@ -73,6 +111,10 @@ class InnerGroups:
         unguarded = inner.step
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._fused_adam is not None:
+                if self._takes_fused(args, kwargs) and self._step_fused():
+                    return None
+                self._fused_adam.forget_counts()
             try:
                 return unguarded(*args, **kwargs)
             finally:
@@ -88,13 +130,41 @@ class InnerGroups:
         # torch runs no post-hook when a step raises; this restores the groups even then.
         inner.step = step
 
+    def _takes_fused(self, args: Any, kwargs: Any) -> bool:
+        """Whether a step goes to the fused way: equal multipliers of 1 take the optimizer's own."""
+        with_closure = any(value is not None for value in [*args, *kwargs.values()])
+        return not with_closure and any(factor != 1.0 for factor in self.multipliers.values())
+
+    def _step_fused(self) -> bool:
+        """One fused step between the optimizer's hooks; False if its gradients do not allow it."""
+        inner: Any = self.optimizer
+        assert self._fused_adam is not None
+        self._in_fused = True
+        try:
+            for hook in inner._optimizer_step_pre_hooks.values():
+                hook(inner, (), {})
+            moved = self._stepped_for is not self.multipliers
+            if not self._fused_adam.step(self.multipliers, self._factors, multipliers_moved=moved):
+                return False
+            self._stepped_for = self.multipliers
+            self._rates = [(group["lr"] * 1.0, group["params"]) for group in inner.param_groups]
+            for hook in inner._optimizer_step_post_hooks.values():
+                hook(inner, (), {})
+        finally:
+            self._in_fused = False
+        return True
+
     def _enter(self) -> None:
+        if self._in_fused:
+            return
         # A subclass whose step calls super().step() fires the hooks twice.
         self._depth += 1
         if self._depth == 1 and self.multipliers:
             self._install()
 
     def _leave(self) -> None:
+        if self._in_fused:
+            return
         self._depth -= 1
         if self._depth == 0:
             self._write_back()
@@ -214,6 +284,7 @@ class LayerGroups:
         shards: catalog of this rank.
         decoupled_decay: whether a matrix decays as at multiplier 1.
         on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+        way: as of `InnerGroups`.
     """
 
     def __init__(
@@ -223,6 +294,7 @@ class LayerGroups:
         *,
         decoupled_decay: bool = False,
         on_decay: bool = False,
+        way: str = "auto",
     ) -> None:
         self.decoupled_decay, self.on_decay = decoupled_decay, on_decay
         by_parameter = _by_parameter(shards)
@@ -234,7 +306,9 @@ class LayerGroups:
                 if id(each.parameter) in by_parameter
             }
             self._inner.append(
-                InnerGroups(optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay)
+                InnerGroups(
+                    optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay, way=way
+                )
             )
 
     @property

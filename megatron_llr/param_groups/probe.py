@@ -68,7 +68,7 @@ def _stepped(
     """A copy of `start` after a step for every gradient, from the second in pieces; None if one
     fails.
     """
-    twin = _twin(optimizer)
+    twin = twin_of(optimizer)
     tensor = start.clone()
     group = {**optimizer.param_groups[0], "params": [tensor], "lr": 0.01}
     group.pop("step", None)
@@ -86,7 +86,7 @@ def _stepped(
     return tensor
 
 
-def _twin(optimizer: Any) -> Any:
+def twin_of(optimizer: Any) -> Any:
     """An optimizer of the same class and settings, without state, hooks and groups."""
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(
