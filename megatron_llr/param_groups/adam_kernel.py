@@ -16,7 +16,7 @@ _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _adam(
+def _adam(  # type: ignore[no-untyped-def]
     addresses,  # [4, tensors] int64: parameter, exp_avg, exp_avg_sq, gradient
     corrections,  # [2, tensors] fp32: bias corrections of the two moments
     rates,  # [2, rows] fp32: learning rate, weight decay
