@@ -23,7 +23,6 @@ from megatron_llr.tools.compare.statistics import (
     difference_of,
     mean_of,
     reaches,
-    student_cdf,
     student_quantile,
 )
 
@@ -169,7 +168,23 @@ def test_a_rate_may_fall_to_zero_and_runs_may_lie_at_home(
 )
 def test_students_t(freedom: int, quantile: float) -> None:
     assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
-    assert student_cdf(-quantile, freedom) == pytest.approx(0.025, abs=3e-5)
+    assert student_quantile(0.025, freedom) == pytest.approx(-quantile, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [
+        # Closed forms for 1 and 2 degrees of freedom.
+        (1, math.tan(0.475 * math.pi)),
+        (2, 0.95 / math.sqrt(2 * 0.975 * 0.025)),
+        # Numerical integration and bisection, to 1e-10.
+        (3.7, 2.867520707191),
+        (9, 2.262157162798),
+        (120, 1.979930405082),
+    ],
+)
+def test_students_t_to_nine_digits(freedom: float, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-9)
 
 
 def test_means_and_paired_differences() -> None:
@@ -321,4 +336,4 @@ def test_the_record_of_a_run_names_its_settings(make_grid: MakeGrid) -> None:
     finish(run, [1.0])
     record = json.loads((run.folder / "done.json").read_text())
     assert record["settings"] == list(run.settings)
-    assert not (run.folder / "done.json.part").exists()
+    assert {path.name for path in run.folder.iterdir()} == {"done.json", "tensorboard"}

@@ -2,10 +2,10 @@
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.compare import figures
 from megatron_llr.tools.compare.aggregate import Row, at_the_edge, cells_of, effect_rows, rows_of
@@ -51,12 +51,13 @@ def _table(grid: Grid, rows: Sequence[Row]) -> str:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    beside = path.with_suffix(".csv.part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replaced_file(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-    os.replace(beside, path)
 
 
 def _run_row(result: Result) -> Sequence[object]:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llr.output import replaced_file
 from megatron_llr.tools.compare.grid import Run
 
 DONE = "done.json"
@@ -92,7 +92,7 @@ def read_done(run: Run) -> dict[str, Any] | None:
 
 
 def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> None:
-    """Record that a run is done: written beside, then renamed, so that it is whole or not there."""
+    """Record that a run is done. The record is complete or absent."""
     record = {
         "version": _VERSION,
         "digest": run.digest,
@@ -101,9 +101,8 @@ def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> N
         "seconds": round(seconds, 2),
         **more,
     }
-    beside = run.folder / (DONE + ".part")
-    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(beside, run.folder / DONE)
+    with replaced_file(run.folder / DONE) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def read_result(run: Run) -> Result | None:

@@ -40,33 +40,19 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(mean, math.sqrt(variance / count), count)
 
 
-def student_cdf(t: float, freedom: float) -> float:
-    """P(T <= t) of Student's t with `freedom` degrees of freedom, to about 1e-10.
-
-    With t = sqrt(freedom) tan(u) the density is proportional to cos(u)^(freedom - 1), smooth on a
-    finite interval: Simpson's rule on 2,000 panels.
-    """
-    end = math.atan(abs(t) / math.sqrt(freedom))
-    panels = 2000
-    step = end / panels
-    total = 0.0
-    for index in range(panels + 1):
-        weight = 1 if index in (0, panels) else 4 if index % 2 else 2
-        total += weight * math.cos(index * step) ** (freedom - 1)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    half = scale * total * step / 3
-    return 0.5 + math.copysign(half, t)
-
-
 def student_quantile(probability: float, freedom: float) -> float:
-    """The t with P(T <= t) = `probability` (0.5 to 1), by bisection."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    """Quantile of Student's t with `freedom` degrees of freedom.
+
+    Raises:
+        ImportError: if SciPy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ImportError as missing:
+        raise ImportError(
+            "Confidence intervals need SciPy: pip install 'megatron-llr[compare]'"
+        ) from missing
+    return float(stats.t.ppf(probability, freedom))
 
 
 def difference_of(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from megatron_llr.errors import user_error
+from megatron_llr.output import cannot_write
 from megatron_llr.tools.convert.settings import read_json
-from megatron_llr.tools.output import cannot_write
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

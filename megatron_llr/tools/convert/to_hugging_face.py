@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_llr import state
 from megatron_llr.errors import user_error
+from megatron_llr.output import require_space, staged_folder
 from megatron_llr.tools.convert import settings
 from megatron_llr.tools.convert.architecture import Architecture
 from megatron_llr.tools.convert.hugging_face import CONFIG, Shards, carry_files, dtype_name
@@ -20,7 +21,6 @@ from megatron_llr.tools.convert.model_families import Family, family_for
 from megatron_llr.tools.convert.options import HUGGING_FACE, STATE, Options
 from megatron_llr.tools.convert.printout import Report
 from megatron_llr.tools.convert.read_torch_dist import TorchDistReader, iteration_folder, unreadable
-from megatron_llr.tools.output import require_space, staged_folder
 from megatron_llr.tools.progress import Progress
 
 _MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_llr.errors import user_error
+from megatron_llr.output import require_space, staged_folder
 from megatron_llr.tools.convert import settings
 from megatron_llr.tools.convert.architecture import Architecture
 from megatron_llr.tools.convert.hugging_face import (
@@ -25,7 +26,6 @@ from megatron_llr.tools.convert.model_families import Family
 from megatron_llr.tools.convert.options import FLAGS, HUGGING_FACE, TRACKER, Options
 from megatron_llr.tools.convert.printout import Report
 from megatron_llr.tools.convert.write_torch_dist import Piece, write_torch_dist
-from megatron_llr.tools.output import require_space, staged_folder
 from megatron_llr.tools.progress import Progress
 
 # Modules of a layer, and of the model, that ask a checkpoint for an extra state, the scales of fp8:

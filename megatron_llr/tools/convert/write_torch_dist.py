@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_llr.output import cannot_write
 from megatron_llr.tools.convert.options import BACKEND
-from megatron_llr.tools.output import cannot_write
 
 
 @dataclass(frozen=True)
