@@ -35,7 +35,7 @@ def _difference(of: Difference | None) -> str:
 
 
 def _table(grid: Grid, rows: Sequence[PolicyRow]) -> str:
-    header = [*"policy,best lr,final loss,best loss,vs control [95 %]".split(",")]
+    header = [*"policy,best lr,final loss,best loss,to control [95 %]".split(",")]
     header += ["M tokens to its loss", "speedup", "notes"]
     lines = []
     for row in rows:
