@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.plots import pyplot
 from megatron_llr.tools.compare.aggregate import Cell
 from megatron_llr.tools.compare.grid import Grid
@@ -39,7 +40,8 @@ def curves(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
     axes.set_ylabel("validation loss")
     axes.set_title("every policy at its best learning rate")
     axes.legend(fontsize=8)
-    figure.savefig(target, dpi=110)
+    with replaced_file(target) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)
 
 
@@ -72,5 +74,6 @@ def losses_over_rates(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
     axes.set_ylabel("final validation loss")
     axes.set_title("final loss against learning rate (x: diverged)")
     axes.legend(fontsize=8)
-    figure.savefig(target, dpi=110)
+    with replaced_file(target) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -131,5 +131,6 @@ def report(grid: Grid) -> str:
         figures.curves(grid, [row.cell for row in rows], grid.out / "curves.png")
         figures.losses_over_rates(grid, cells, grid.out / "learning_rates.png")
     text = "\n\n".join(parts)
-    (grid.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    with replaced_file(grid.out / "table.txt") as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return text

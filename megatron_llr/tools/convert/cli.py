@@ -107,9 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     # Warnings of Megatron and PyTorch about missing GPUs and ranks do not concern this command.
     warnings.simplefilter("ignore")
     try:
-        for line in convert(args.input, args.output, options):
-            print(line)
+        lines = convert(args.input, args.output, options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as failed:
         print(failed, file=sys.stderr)
         return 1
+    print("\n".join(lines))
     return 0

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 import warnings
 
@@ -68,13 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Preprocess, then print what was written and the flags to train on it.
 
     Returns:
-        The exit code: 0, 1 after an error, 130 and 143 when stopped by Ctrl-C and SIGTERM.
+        The exit code: 0, or 1 after an error.
     """
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    # So that what is half-written is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
+    given = build_parser().parse_args(arguments)
     tokenizer = Tokenizer(given.tokenizer, given.append_eod)
     try:
         expand(given.files)  # also below; reports a wrong path before megatron's slow import
@@ -95,9 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; nothing was written", file=sys.stderr)
-        return 130
     print(
         f"{given.output}: {done.documents:,} documents ({done.empty:,} empty documents skipped), "
         f"{done.tokens:,} tokens, {done.bytes:,} bytes in {done.seconds:.1f} s "

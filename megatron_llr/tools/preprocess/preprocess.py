@@ -1,12 +1,15 @@
 """Converts text files to one dataset for `--data-path`, in order, with several processes."""
 
+import contextlib
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +104,26 @@ def _chunks(paths: list[str], options: Options) -> Iterator[Chunk]:
         yield from read_chunks(path, json_key=key, documents=options.documents)
 
 
+@contextlib.contextmanager
+def _terminal_signals_blocked() -> Iterator[None]:
+    """Processes started in here inherit the mask.
+
+    A terminal signals all processes; only the main process should handle that.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Tokens of every chunk, in order."""
     if workers == 1:
         yield from map(tokenizer.encode, chunks)
         return
+    with _terminal_signals_blocked():
+        resource_tracker.ensure_running()
     # Spawned, not forked: forking a process with threads, such as torch's, can deadlock.
     pool = ProcessPoolExecutor(
         workers,
@@ -116,7 +134,8 @@ def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Ite
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(encode_in_worker, chunk))
+            with _terminal_signals_blocked():
+                waiting.append(pool.submit(encode_in_worker, chunk))
             if len(waiting) > _CHUNKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
