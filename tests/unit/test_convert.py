@@ -177,8 +177,8 @@ def test_layers_stored_one_by_one_are_read_too(tmp_path: Path) -> None:
         write_torch_dist(tmp_path / name, saved, lambda entry, order=order: next(order), {})
         reader = TorchDistReader(tmp_path / name)
         for layer, expected in enumerate(layers):
-            found = reader.read("decoder.layers.mlp.linear_fc2.weight", layer)
-            assert torch.equal(found, expected)
+            tensor = reader.read("decoder.layers.mlp.linear_fc2.weight", layer)
+            assert torch.equal(tensor, expected)
 
 
 @given(

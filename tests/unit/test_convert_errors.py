@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from megatron_llr.tools.convert.read_torch_dist import iteration_folder
 from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
 from megatron_llr.tools.convert.to_megatron import to_megatron
 from megatron_llr.tools.convert.write_torch_dist import SavedTensor, write_torch_dist
-from tests.unit.conversion import limited, tensors
+from tests.unit.conversion import ROOT, limited, tensors
 
 
 @pytest.fixture
@@ -234,6 +236,42 @@ def test_an_existing_output_is_refused_and_kept(models: Path, tmp_path: Path) ->
     assert cli.main([str(models / "llama"), str(target)]) == 1
     assert [path.name for path in target.iterdir()] == ["precious"]
     assert cli.main([str(models / "nowhere"), str(tmp_path / "other")]) == 1
+
+
+STOPPED = """
+import os, signal, sys
+from megatron_llr.tools.convert import cli
+from megatron_llr.tools.convert.hugging_face import SafetensorsFolder
+from megatron_llr.tools.convert.read_torch_dist import TorchDistReader
+from megatron_llr.tools.entry_point import run_tool
+
+calls = 0
+
+def stopping(read):
+    def stop(*arguments):
+        global calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(*arguments)
+    return stop
+
+for reader in (SafetensorsFolder, TorchDistReader):
+    reader.read = stopping(reader.read)
+sys.exit(run_tool(lambda: cli.main(sys.argv[1:])))
+"""
+
+
+def test_a_signal_during_a_conversion_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    """Raised inside PyTorch's checkpoint writer, and between two output files."""
+    to_megatron(models / "llama", tmp_path / "megatron", Options())
+    for source in (models / "llama", tmp_path / "megatron"):
+        command = [sys.executable, "-W", "ignore", "-c", STOPPED, source, tmp_path / "out"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 143, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "stopped by SIGTERM" in run.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
 
 
 def test_a_full_disk_leaves_nothing(models: Path, tmp_path: Path) -> None:
