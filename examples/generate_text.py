@@ -1,8 +1,8 @@
-"""Let `transformers` continue a text with a converted checkpoint.
+"""Continue a text with a converted checkpoint in `transformers`.
 
 Usage: python examples/generate_text.py FOLDER PROMPT [TOKENS]
 
-Without a tokenizer in the folder every byte is a token, as in the demo.
+Without a tokenizer in the folder one byte is one token, as in the demo.
 """
 
 import argparse
@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Greedy continuation, printed."""
+    """Print a greedy continuation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="Hugging Face folder")
     parser.add_argument("prompt", help="the text to continue, such as 'def main'")
-    parser.add_argument("tokens", nargs="?", type=int, default=80, help="how many to add (80)")
+    parser.add_argument("tokens", nargs="?", type=int, default=80, help="tokens to add (80)")
     given = parser.parse_args()
     folder, prompt, tokens = given.folder, given.prompt, given.tokens
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -16,6 +16,14 @@ def user_error(what: str, *, got: object, allowed: str, remedy: str) -> ValueErr
     return ValueError(message(what, got=got, allowed=allowed, remedy=remedy))
 
 
+def input_error(text: str) -> ValueError:
+    """An error in what a user gave, in sentences.
+
+    They say what is wrong, what was given, what is allowed, and which flag or action fixes it.
+    """
+    return ValueError(f"megatron_llr: {text}")
+
+
 def topology_error(what: str, *, got: object, allowed: str, remedy: str) -> RuntimeError:
     """An error in how ranks are arranged or in what they tell each other."""
     return RuntimeError(message(what, got=got, allowed=allowed, remedy=remedy))

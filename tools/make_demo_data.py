@@ -4,19 +4,22 @@ Usage: python tools/make_demo_data.py PREFIX     (writes PREFIX.bin and PREFIX.i
 """
 
 import argparse
+import sys
 
-import numpy as np
-
-from megatron_llr.megatron import launch
+from megatron_llr.tools.entry_point import run_tool
 
 
-def main() -> None:
-    """Write the dataset, in place of one that is there."""
+def main() -> int:
+    """Write the dataset, replacing an existing one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prefix", help="path of the dataset without suffix")
     prefix = parser.parse_args().prefix
+    import numpy as np
+
+    from megatron_llr.megatron import launch
+
     launch.prepare_device(["--llr-device", "cpu"])
     from megatron_llr.tools.preprocess import byte_level
     from megatron_llr.tools.preprocess.pair import PairWriter
@@ -27,7 +30,8 @@ def main() -> None:
                 ids = np.append(np.frombuffer(text, np.uint8), [byte_level.END_OF_DOCUMENT])
                 pair.add(ids, [len(ids)])
     print(f"{prefix}: {pair.tokens:,} tokens")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool(main))

@@ -1,9 +1,10 @@
-"""Turn text into a dataset for Megatron's --data-path; --help says how."""
+"""Convert text to a dataset for Megatron's --data-path; see `--help`."""
 
 import sys
 
-# Workers are spawned and import this file: nothing heavy here.
+# Workers are spawned and import this file, so it must not import anything slow.
+from megatron_llr.tools.entry_point import run_tool
 from megatron_llr.tools.preprocess import cli
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    sys.exit(run_tool(cli.main))

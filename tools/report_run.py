@@ -2,9 +2,9 @@
 
 Usage: python tools/report_run.py RUN_DIR
 
-Reads the CSV files of --llr-log-dir, whatever --llr-log-matrices was, and, if there are any, the
-TensorBoard events in RUN_DIR/tensorboard; writes multipliers.png and learning_rates.png beside
-them, and relative_updates.png if the run was given --llr-log-relative-update.
+Reads the CSV files of --llr-log-dir, for any value of --llr-log-matrices, and TensorBoard events in
+RUN_DIR/tensorboard if there are any. Writes multipliers.png and learning_rates.png to RUN_DIR, and
+relative_updates.png if the run had --llr-log-relative-update.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_llr.telemetry import plots
 from megatron_llr.telemetry.read_logs import last_measurement, last_role_table
 from megatron_llr.tools.compare.results import VALIDATION, scalars
+from megatron_llr.tools.entry_point import run_tool
 
 
 def validation_loss(folder: Path) -> str | None:
@@ -26,7 +27,7 @@ def validation_loss(folder: Path) -> str | None:
 
 
 def main() -> int:
-    """Draw, then print the table per role and the validation loss."""
+    """Draw the figures, then print the table per role and the validation loss."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_tool(main))

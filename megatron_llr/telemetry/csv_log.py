@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.output import replaced_file
 from megatron_llr.spectrum.record import SpectrumTable
 from megatron_llr.telemetry import log_rows
 
@@ -26,15 +27,13 @@ class _CsvFile:
 
         Columns that an earlier version did not write stay empty in its rows.
         """
-        beside = self.path.with_suffix(".csv.part")
-        with beside.open("w", newline="") as file:
+        with replaced_file(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
             writer.writeheader()
             if self.path.exists():
                 with self.path.open(newline="") as before:
                     rows = csv.DictReader(before)
                     writer.writerows(row for row in rows if self._keeps(row, last_iteration))
-        os.replace(beside, self.path)
 
     def _keeps(self, row: Mapping[str, str], last_iteration: int) -> bool:
         whole = set(row) <= set(self.fields) and None not in row.values()
@@ -94,10 +93,9 @@ class CsvLog:
 
     def write_spectra(self, spectra: Mapping[str, Any]) -> None:
         """Singular values of the latest measurement, one array per matrix id."""
-        beside = self._spectra.with_suffix(".part.npz")
         arrays: dict[str, Any] = {matrix: np.asarray(values) for matrix, values in spectra.items()}
-        np.savez(beside, **arrays)
-        os.replace(beside, self._spectra)
+        with replaced_file(self._spectra) as partial:
+            np.savez(partial, **arrays)
 
     def write_rates(self, iteration: int, rates: Iterable[log_rows.Rates]) -> None:
         """The rows of one update; a relative update that was not recorded leaves its cell empty."""

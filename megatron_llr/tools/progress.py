@@ -1,4 +1,4 @@
-"""How far a long job over files is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long job over files: a bar on a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Progress over a number of bytes; use it in a `with` block.
+    """Progress over a number of bytes, used as a context manager.
 
-    On a terminal where tqdm is installed (transformers brings it) a bar; else a line every ten
-    seconds, which a log file can hold.
+    It is a bar on a terminal if tqdm is installed (transformers depends on it), otherwise a line
+    every ten seconds for log files.
 
     Args:
-        total: bytes in all; `expect` may tell them later.
-        stream: where it is shown; standard error by default.
+        total: number of bytes; `expect` can set it later.
+        stream: output stream; standard error by default.
     """
 
     def __init__(self, total: int = 0, stream: TextIO | None = None) -> None:
@@ -33,13 +33,13 @@ class Progress:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._stream)
 
     def expect(self, total: int) -> None:
-        """Tell how many bytes there are, where that was not known before."""
+        """Set the total number of bytes."""
         self._total = total
         if self._bar is not None:
             self._bar.reset(total)
 
     def advance(self, read: int, note: str) -> None:
-        """Count bytes that were read and show them with a note."""
+        """Add bytes that were read, and print progress with a note."""
         self._read += read
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)

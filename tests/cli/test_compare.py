@@ -1,4 +1,4 @@
-"""tools/compare.py on real jobs: interrupted, gone on with, a diverged run, the report."""
+"""tools/compare.py on real jobs: interrupted, resumed, a diverged run, the report."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def children_of(folder: Path) -> list[str]:
     return lines
 
 
-def test_an_interrupted_grid_goes_on_and_a_diverged_run_is_a_result(tmp_path: Path) -> None:
+def test_an_interrupted_grid_resumes_and_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "huge.json").write_text('{"q": 1e30, "up": 1e30}')
     huge = f"--llr-policy fixed --llr-role-table {tmp_path / 'huge.json'}"
@@ -67,15 +67,17 @@ def test_an_interrupted_grid_goes_on_and_a_diverged_run_is_a_result(tmp_path: Pa
     assert done.exists()
     first.send_signal(signal.SIGTERM)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == 130, output
-    assert "the same command goes on" in output
+    assert first.returncode == 143, output
+    assert "Finished runs are kept; the same command runs the others" in output
+    assert "stopped by SIGTERM" in output
+    assert "Traceback" not in output
     assert children_of(out) == []
     written = done.stat().st_mtime_ns
 
     again = compare(grid)
     output, _ = again.communicate(timeout=150)
     assert again.returncode == 0, output
-    assert "1 of 2 runs are done already" in output
+    assert "1 of 2 runs are already done" in output
     assert "[2/2] huge, lr 0.001, seed 5: diverged" in output
     assert "diverged at 0.001: 1 of 1" in output
     assert "FLAGGED" not in output

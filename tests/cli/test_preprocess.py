@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: what it writes, what it refuses, and that nothing broken is left."""
+"""tools/preprocess_data.py: its output, the input it refuses, and that no partial file is left."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ TEXTS = [f"document {number}: " + "grüße, 世界 " * (number % 7) for number i
 
 
 def read(prefix: Path) -> tuple[np.dtype, list[list[int]]]:
-    """The pair, from its format alone: dtype of the tokens, and every document."""
+    """The dataset, read by its format only: dtype of the tokens, and every document."""
     raw = Path(f"{prefix}.idx").read_bytes()
     assert raw[:9] == b"MMIDIDX\0\0"
     assert int.from_bytes(raw[9:17], "little") == 1
@@ -66,7 +66,7 @@ def test_bytes_from_many_files_in_their_order(tmp_path: Path) -> None:
         tmp_path / "out" / "set",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 documents (1 empty ones left out)" in done.stdout
+    assert "4 documents (1 empty documents skipped)" in done.stdout
     assert "--tokenizer-type NullTokenizer --vocab-size 257" in done.stdout
     dtype, documents = read(tmp_path / "out" / "set")
     assert dtype == np.uint16
@@ -77,7 +77,7 @@ def test_bytes_from_many_files_in_their_order(tmp_path: Path) -> None:
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
-    """And the tokens are those of the tokenizer itself."""
+    """And the tokens are those of the tokenizer."""
     from transformers import AutoTokenizer
 
     # More than one chunk.
@@ -137,29 +137,58 @@ def not_utf8(folder: Path) -> list[object]:
 
 
 REFUSED = {
-    "malformed line": (line_7_is_broken, "in.jsonl:7 is not JSON"),
-    "missing key": (no_such_key, "in.jsonl:1 has no text under the key 'body': got keys 'id', 'te"),
+    "malformed line": (
+        line_7_is_broken,
+        ["in.jsonl:7 is not JSON", "must be one JSON object", "set --format text"],
+    ),
+    "missing key": (
+        no_such_key,
+        [
+            "in.jsonl:1 has no text with the key 'body': it has the keys 'id', 'text'",
+            'must be like {"body": "..."}',
+            "Set --json-key",
+        ],
+    ),
     "not a string": (
         not_a_string,
-        "in.jsonl:1 has no text under the key 'text': got a value of ty",
+        [
+            "in.jsonl:1 has no text with the key 'text': it has a value of type int",
+            'must be like {"text": "..."}',
+            "Set --json-key",
+        ],
     ),
-    "not gzip": (not_gzip, "cannot read"),
-    "ids with a gap": (ids_with_a_gap, "a token id beyond the vocabulary: got 7; allowed: 0 to 2"),
-    "not UTF-8": (not_utf8, "in.txt:2 is not UTF-8: got byte 0xff"),
-    "no file": (lambda folder: [folder / "none.txt"], "none.txt: got no such file"),
-    "no match": (lambda folder: [folder / "*.txt"], "*.txt: got no such file"),
-    "only empty": (lambda folder: [write_jsonl(folder / "in.jsonl", [""])], "no text to write"),
+    "not gzip": (not_gzip, ["Cannot read", "in.gz", "must be a readable gzip file"]),
+    "ids with a gap": (
+        ids_with_a_gap,
+        ["token id 7 is outside the vocabulary", "must be 0 to 2", "another --tokenizer"],
+    ),
+    "not UTF-8": (
+        not_utf8,
+        ["in.txt:2 is not UTF-8: it has the byte 0xff", "must be UTF-8 text", "omit --tokenizer"],
+    ),
+    "no file": (
+        lambda folder: [folder / "none.txt"],
+        ["none.txt: no such file", "must be a file, or a pattern", "Correct the path"],
+    ),
+    "no match": (
+        lambda folder: [folder / "*.txt"],
+        ["*.txt: no such file", "must be a file, or a pattern", "Correct the path"],
+    ),
+    "only empty": (
+        lambda folder: [write_jsonl(folder / "in.jsonl", [""])],
+        ["no text to write", "At least one must have text", "--json-key"],
+    ),
     "no tokenizer": (
         lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--tokenizer", "./none"],
-        "cannot load --tokenizer ./none: got no such folder",
+        ["Cannot load --tokenizer ./none: no such folder", "must be a folder with tokenizer files"],
     ),
     "no tokenizer on the Hub": (
         lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--tokenizer", "nobody/nothing"],
-        "cannot load --tokenizer nobody/nothing",
+        ["Cannot load --tokenizer nobody/nothing", "name on the Hugging Face Hub"],
     ),
     "no workers": (
         lambda folder: [write_jsonl(folder / "i.jsonl", ["x"]), "--workers", "0"],
-        "bad --workers",
+        ["--workers is 0", "must be at least 1"],
     ),
 }
 
@@ -179,7 +208,7 @@ Tool = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[Tool]:
-    """The tool many times in one process of its own: exit code, and what it said on stderr."""
+    """Calls the tool many times in one separate process; returns exit code and stderr."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], cwd=ROOT, env=ENVIRONMENT, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -207,31 +236,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     tokenizer: Path,
     tool: Tool,
 ) -> None:
-    make, told = REFUSED[case]
+    make, parts = REFUSED[case]
     (tmp_path / "out").mkdir()
     arguments = [tokenizer if given == "TOKENIZER" else given for given in make(tmp_path)]
     code, said = tool(*arguments, "--output", tmp_path / "out" / "set")
     assert code == 1
     (line,) = said.splitlines()
-    assert told in line
-    assert "; allowed: " in line
+    for part in parts:
+        assert part in line
     assert_nothing_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["", "."])
 def test_a_folder_as_output_is_refused(name: str, tmp_path: Path, tool: Tool) -> None:
-    """Also where the input is broken: it is not looked at."""
+    """Also if the input is malformed, because the output is checked first."""
     source = line_7_is_broken(tmp_path)[0]
     (tmp_path / "out").mkdir()
     code, said = tool(source, "--output", f"{tmp_path}/out/{name}")
     assert code == 1
     (line,) = said.splitlines()
-    assert f"the output has no name: got {tmp_path}/out/{name}; allowed: " in line
+    assert f"The output {tmp_path}/out/{name} has no file name. It must be the path" in line
+    assert "such as data/corpus. Add a name to --output" in line
     assert_nothing_left(tmp_path, "in.jsonl", "out")
     assert_nothing_left(tmp_path / "out")
 
 
-def test_an_error_in_a_worker_is_told_alike(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_reported_the_same_way(tmp_path: Path) -> None:
     done = preprocess(*line_7_is_broken(tmp_path), "--output", tmp_path / "s", "--workers", 2)
     assert done.returncode == 1
     assert "in.jsonl:7 is not JSON" in done.stderr.splitlines()[-1]
@@ -239,15 +269,15 @@ def test_an_error_in_a_worker_is_told_alike(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path, "in.jsonl")
 
 
-def test_an_existing_pair_is_kept_unless_told(tmp_path: Path, tool: Tool) -> None:
+def test_an_existing_dataset_is_kept_without_overwrite(tmp_path: Path, tool: Tool) -> None:
     old, new = (write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in ("old", "new"))
     prefix = tmp_path / "set"
     assert tool(old, "--output", prefix)[0] == 0
     code, said = tool(new, "--output", prefix)
     assert code == 1
-    assert "the output is there already" in said
+    assert "The output already exists: " in said
     assert "--overwrite" in said
-    # A failure with --overwrite leaves the old pair.
+    # A failure with --overwrite keeps the old dataset.
     assert tool(*no_such_key(tmp_path), "--overwrite", "--output", prefix)[0] == 1
     assert read(prefix)[1] == [[*b"old", 256]]
     done = tool(new, "--output", prefix, "--overwrite", "--no-append-eod")
@@ -256,12 +286,12 @@ def test_an_existing_pair_is_kept_unless_told(tmp_path: Path, tool: Tool) -> Non
 
 
 def test_a_full_disk(tmp_path: Path, tool: Tool) -> None:
-    """The data file is made to lie on a device that is always full."""
+    """The data file is a link to a device that is always full."""
     source = write_jsonl(tmp_path / "in.jsonl", ["x" * 100_000])
     (tmp_path / "set.part.bin").symlink_to("/dev/full")
     code, said = tool(source, "--output", tmp_path / "set")
     assert code == 1
-    assert "set: got No space left on device" in said
+    assert "set: No space left on device" in said
     assert_nothing_left(tmp_path, "in.jsonl")
 
 

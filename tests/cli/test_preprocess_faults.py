@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py where a disk or a process gives out: nothing broken is left."""
+"""tools/preprocess_data.py when a disk or a process fails: no partial output is left."""
 
 import resource
 import subprocess
@@ -20,19 +20,19 @@ from tests.cli.preprocessing import (
 
 
 def test_a_limit_on_file_size(tmp_path: Path) -> None:
-    """What fits into memory and not onto the disk: the error comes with the last bytes."""
+    """The output fits into the write buffer but not on the disk: closing the file fails."""
     source = write_jsonl(tmp_path / "in.jsonl", ["x" * 30_000])
     done = preprocess(
         source, "--output", tmp_path / "set",
         limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )  # fmt: skip
     assert done.returncode == 1
-    assert "got File too large" in done.stderr
+    assert "set: File too large" in done.stderr
     assert_nothing_left(tmp_path, "in.jsonl")
 
 
-def test_a_pair_that_reads_back_otherwise_is_not_left(tmp_path: Path) -> None:
-    """A disk that changes a byte, played by the builder."""
+def test_a_dataset_that_differs_when_read_back_is_removed(tmp_path: Path) -> None:
+    """The builder simulates a disk that changes a byte."""
     program = (
         "import sys\n"
         "from megatron_llr.tools.preprocess import cli\n"
@@ -50,7 +50,7 @@ def test_a_pair_that_reads_back_otherwise_is_not_left(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(source), "--output", str(tmp_path / "set")]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "set reads back as (documents, tokens, bytes, checksum) (1, 4, 8, " in done.stderr
+    assert "set has (documents, tokens, bytes, checksum) (1, 4, 8, " in done.stderr
     assert_nothing_left(tmp_path, "in.jsonl")
 
 
@@ -73,5 +73,5 @@ def test_stopped_from_outside(whom: str, tmp_path: Path) -> None:
         next(child for child in children if "spawn_main" in str(child.cmdline())).kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == (143 if whom == "the tool" else 1)
-    assert whom == "the tool" or "a worker process was ended from outside" in said
+    assert whom == "the tool" or "A worker process was killed" in said
     assert_nothing_left(tmp_path, "in.jsonl")

@@ -1,4 +1,4 @@
-"""What the converter's tests share."""
+"""Helpers of the converter's tests."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    by_name: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        by_name |= load_file(file)
+    return by_name
 
 
 LIMITED = """

@@ -30,7 +30,7 @@ def test_the_loss_on_the_test_set_is_no_validation_loss(tmp_path: Path) -> None:
     assert validation_loss(tmp_path / "tensorboard") == "validation loss 4.4000 after update 20"
 
 
-def test_a_job_gone_on_with_replaces_what_it_repeats(tmp_path: Path) -> None:
+def test_a_resumed_job_replaces_the_iterations_that_it_repeats(tmp_path: Path) -> None:
     folder, tag = tmp_path / "tensorboard", "lm loss validation"
     write_events(
         folder, 1000, [("lm loss", 6.0, 1), (tag, 5.0, 10), (tag, 4.0, 20), (tag, 3.0, 30)]

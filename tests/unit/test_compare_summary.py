@@ -1,4 +1,4 @@
-"""The rows of grids that are not done: what is compared has the same seeds."""
+"""The rows of unfinished grids: comparisons use shared seeds."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.tools.compare.aggregate import Row, effect_rows, rows_of
+from megatron_llr.tools.compare.aggregate import PolicyRow, effect_rows, rows_of
 from megatron_llr.tools.compare.grid import Grid, Run
 from megatron_llr.tools.compare.results import Result
 
@@ -37,27 +37,27 @@ def results_of(losses: Losses) -> list[Result]:
     ]
 
 
-def rows(losses: Losses, *rates: float) -> dict[str, Row]:
+def rows(losses: Losses, *rates: float) -> dict[str, PolicyRow]:
     return {row.cell.policy: row for row in rows_of(grid_of(*rates), results_of(losses))}
 
 
-def difference(row: Row) -> float:
+def difference(row: PolicyRow) -> float:
     assert row.difference is not None
     return row.difference.value
 
 
 def test_a_seed_that_one_policy_lacks_is_not_compared() -> None:
     """The policy is better by 0.1 in every seed, and the second seed easier for all."""
-    found = rows({("uniform", LOW): {1: 2.5, 2: 2.0}, ("esd", LOW): {1: 2.4}}, LOW)
-    esd = found["esd"]
+    by_policy = rows({("uniform", LOW): {1: 2.5, 2: 2.0}, ("esd", LOW): {1: 2.4}}, LOW)
+    esd = by_policy["esd"]
     assert difference(esd) == pytest.approx(-0.1)
     assert esd.difference is not None
     assert math.isnan(esd.difference.low)
     assert esd.speedup is not None
     assert esd.speedup > 1
-    assert esd.notes == ("1 of 3 seeds", "compared on seed 1 alone")
-    assert found["uniform"].cell.final.value == 2.25
-    assert found["uniform"].speedup == 1.0
+    assert esd.notes == ("1 of 3 seeds", "compared only on seed 1")
+    assert by_policy["uniform"].cell.final.value == 2.25
+    assert by_policy["uniform"].speedup == 1.0
 
 
 def test_a_rate_with_more_seeds_is_not_the_better_for_it() -> None:
@@ -68,10 +68,10 @@ def test_a_rate_with_more_seeds_is_not_the_better_for_it() -> None:
         ("esd", LOW): {1: 3.0},
         ("esd", HIGH): {1: 2.5},
     }
-    found = rows(losses, LOW, HIGH)
-    assert found["uniform"].cell.learning_rate == HIGH
-    assert difference(found["esd"]) == pytest.approx(0.1)
-    assert found["esd"].speedup is None
+    by_policy = rows(losses, LOW, HIGH)
+    assert by_policy["uniform"].cell.learning_rate == HIGH
+    assert difference(by_policy["esd"]) == pytest.approx(0.1)
+    assert by_policy["esd"].speedup is None
 
 
 def test_a_rate_that_lacks_a_seed_is_chosen_if_it_is_better() -> None:
@@ -80,7 +80,7 @@ def test_a_rate_that_lacks_a_seed_is_chosen_if_it_is_better() -> None:
     esd = rows({**losses, ("esd", HIGH): {1: 1.0, 2: 1.0}}, LOW, HIGH)["esd"]
     assert esd.cell.learning_rate == HIGH
     assert difference(esd) == pytest.approx(-1.65)
-    assert esd.notes == ("2 of 3 seeds", "compared on seeds 1, 2 alone")
+    assert esd.notes == ("2 of 3 seeds", "compared only on seeds 1, 2")
 
 
 def test_the_speedup_is_of_the_seeds_of_the_difference() -> None:
@@ -90,18 +90,18 @@ def test_the_speedup_is_of_the_seeds_of_the_difference() -> None:
     assert (esd.tokens, esd.speedup) == (None, None)
 
 
-def test_rates_that_are_left_out_are_named() -> None:
+def test_excluded_rates_are_listed() -> None:
     whole = {1: 2.0, 2: 2.0, 3: 2.0}
     losses = {("uniform", LOW): whole, ("uniform", HIGH): {2: 1.0}, ("esd", LOW): {1: 1.9}}
-    found = rows(losses, LOW, HIGH)
-    # On its own the control has a seed at both rates; beside the policy, at one alone.
-    assert found["uniform"].cell.learning_rate == HIGH
-    assert difference(found["esd"]) == pytest.approx(-0.1)
-    assert found["esd"].notes == (
+    by_policy = rows(losses, LOW, HIGH)
+    # By itself the control has a seed at both rates; compared with the policy, only at one.
+    assert by_policy["uniform"].cell.learning_rate == HIGH
+    assert difference(by_policy["esd"]) == pytest.approx(-0.1)
+    assert by_policy["esd"].notes == (
         "1 of 3 seeds",
-        "rates left out for missing seeds: 0.003 (0 of 3)",
-        "of the control: 0.003 (1 of 3)",
-        "compared on seed 1 alone",
+        "rates excluded for missing seeds: 0.003 (0 of 3)",
+        "rates of the control excluded: 0.003 (1 of 3)",
+        "compared only on seed 1",
         "compared with the control at 0.001",
     )
 
@@ -109,7 +109,7 @@ def test_rates_that_are_left_out_are_named() -> None:
 def test_without_a_seed_in_common_there_is_no_difference_without_an_interval() -> None:
     esd = rows({("uniform", LOW): {1: 2.5}, ("esd", LOW): {2: 2.0}}, LOW)["esd"]
     assert (esd.difference, esd.speedup) == (None, None)
-    assert esd.notes[-1] == "no seed in common with the control"
+    assert esd.notes[-1] == "no seed shared with the control"
     losses = {("uniform", LOW): {1: 2.5}, ("esd", LOW): {2: 2.0, 3: 2.1}}
     assert rows(losses, LOW)["esd"].difference is None
 
@@ -121,16 +121,16 @@ def test_a_rate_at_which_any_seed_diverged_is_the_worst() -> None:
         ("esd", LOW): {1: 2.4},
         ("esd", HIGH): {1: 2.6},
     }
-    found = rows(losses, LOW, HIGH)
-    assert found["uniform"].cell.learning_rate == LOW
-    assert difference(found["esd"]) == pytest.approx(-0.1)
+    by_policy = rows(losses, LOW, HIGH)
+    assert by_policy["uniform"].cell.learning_rate == LOW
+    assert difference(by_policy["esd"]) == pytest.approx(-0.1)
 
 
 def test_effects_are_of_the_seeds_that_their_policies_share() -> None:
     grid = grid_of(LOW, policies=("uniform", "esd", "esd-random"))
     losses = {("esd", LOW): {1: 2.5, 2: 1.0}, ("esd-random", LOW): {1: 2.6, 3: 1.0}}
-    found = {e.meaning: d for e, d in effect_rows(grid, results_of(losses))}
-    order = found["their order, against random"]
+    by_effect = {e.meaning: d for e, d in effect_rows(grid, results_of(losses))}
+    order = by_effect["their order, against random"]
     assert order is not None
     assert order.value == pytest.approx(-0.1)
-    assert list(found) == ["their order, against random"]
+    assert list(by_effect) == ["their order, against random"]

@@ -21,7 +21,7 @@ from megatron_llr.tools.convert.options import FLAGS, HUGGING_FACE, Options
 from megatron_llr.tools.convert.read_torch_dist import TorchDistReader
 from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
 from megatron_llr.tools.convert.to_megatron import to_megatron
-from megatron_llr.tools.convert.write_torch_dist import Piece, write_torch_dist
+from megatron_llr.tools.convert.write_torch_dist import SavedTensor, write_torch_dist
 from tests.reference import families
 from tests.unit.conversion import limited, tensors
 
@@ -166,19 +166,19 @@ def test_layers_stored_one_by_one_are_read_too(tmp_path: Path) -> None:
     """Megatron stacks layers, unless they differ (`non_homogeneous_layers`)."""
     layers = [torch.randn(3, 5) for _ in range(4)]
     keys = [f"decoder.layers.{layer}.mlp.linear_fc2.weight" for layer in range(4)]
-    single = [Piece(key, None, (3, 5), 4, torch.float32) for key in keys]
+    single = [SavedTensor(key, None, (3, 5), 4, torch.float32) for key in keys]
     stacked = [
-        Piece("decoder.layers.mlp.linear_fc2.weight", layer, (3, 5), 4, torch.float32)
+        SavedTensor("decoder.layers.mlp.linear_fc2.weight", layer, (3, 5), 4, torch.float32)
         for layer in range(4)
     ]
-    for name, pieces in (("single", single), ("stacked", stacked)):
+    for name, saved in (("single", single), ("stacked", stacked)):
         (tmp_path / name).mkdir()
         order = iter(layers)
-        write_torch_dist(tmp_path / name, pieces, lambda piece, order=order: next(order), {})
+        write_torch_dist(tmp_path / name, saved, lambda entry, order=order: next(order), {})
         reader = TorchDistReader(tmp_path / name)
         for layer, expected in enumerate(layers):
-            found = reader.read("decoder.layers.mlp.linear_fc2.weight", layer)
-            assert torch.equal(found, expected)
+            tensor = reader.read("decoder.layers.mlp.linear_fc2.weight", layer)
+            assert torch.equal(tensor, expected)
 
 
 @given(

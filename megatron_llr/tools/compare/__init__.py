@@ -1,1 +1,1 @@
-"""Grids of training jobs that differ in policy, learning rate and seed alone, and what came out."""
+"""Grids of training jobs that differ only in policy, learning rate and seed, and their results."""

@@ -1,4 +1,4 @@
-"""From results to one row per policy, each at its own best learning rate."""
+"""Results aggregated to one row per policy, each at its own best learning rate."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -54,22 +54,22 @@ class Cell:
 
     @property
     def means(self) -> Curve:
-        """The curve without its errors."""
+        """The curve without standard errors."""
         return [(iteration, mean.value) for iteration, mean in self.curve]
 
     def on(self, seeds: Collection[int]) -> "Cell":
-        """The same with these seeds alone."""
+        """The cell restricted to some seeds."""
         return replace(self, results=tuple(r for r in self.results if r.run.seed in seeds))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two policies, each at its best rate, both chosen on the same seeds.
+    """Two policies, each at its best rate, with both rates chosen on the same seeds.
 
     Attributes:
-        ours: the one, with all its seeds.
-        theirs: what it is compared with, with all its seeds.
-        chosen_on: seeds that the rates were chosen on; empty if the two have none in common.
+        ours: the policy, with all its seeds.
+        theirs: the policy it is compared with, with all its seeds.
+        chosen_on: seeds that the rates were chosen on; empty if the two share none.
     """
 
     ours: Cell
@@ -78,21 +78,21 @@ class Pair:
 
     @property
     def common(self) -> frozenset[int]:
-        """Seeds of both."""
+        """Seeds that both have."""
         return frozenset(self.ours.by_seed.keys() & self.theirs.by_seed.keys())
 
     @property
     def difference(self) -> Difference | None:
-        """Of the final losses; None where one diverged, or without a seed in common or interval."""
+        """Of the final losses; None if one diverged, or without a shared seed or an interval."""
         if self.ours.diverged or self.theirs.diverged:
             return None
-        found = difference_of(self.ours.by_seed, self.theirs.by_seed)
-        return found if found.paired or math.isfinite(found.low) else None
+        difference = difference_of(self.ours.by_seed, self.theirs.by_seed)
+        return difference if difference.paired or math.isfinite(difference.low) else None
 
 
 @dataclass(frozen=True)
-class Row:
-    """One policy at its best learning rate, beside the control at its own."""
+class PolicyRow:
+    """One policy at its best learning rate, compared with the control at its own best."""
 
     cell: Cell
     difference: Difference | None
@@ -102,8 +102,8 @@ class Row:
 
 
 def cells_of(grid: Grid, results: Sequence[Result]) -> list[Cell]:
-    """Policy by policy, rate by rate; without those that have no finished run."""
-    found = []
+    """One cell per policy and rate that have a finished run."""
+    cells = []
     for policy in grid.policies:
         for rate in grid.learning_rates:
             mine = tuple(
@@ -112,50 +112,53 @@ def cells_of(grid: Grid, results: Sequence[Result]) -> list[Cell]:
                 if result.run.policy == policy and result.run.learning_rate == rate
             )
             if mine:
-                found.append(Cell(policy, rate, mine, len(grid.seeds)))
-    return found
+                cells.append(Cell(policy, rate, mine, len(grid.seeds)))
+    return cells
 
 
 def _shared_seeds(ours: Sequence[Cell], theirs: Sequence[Cell]) -> frozenset[int]:
-    """Seeds to choose rates on: those of all cells but the ones that lack the commonest seed."""
-    both = [frozenset(cell.by_seed) for cell in (*ours, *theirs)]
-    of_each = [{seed for cell in cells for seed in cell.by_seed} for cells in (ours, theirs)]
-    known = sorted(set.intersection(*of_each))
-    if not known:
+    """Seeds to choose rates on.
+
+    These are the seeds shared by all cells that have the most common seed.
+    """
+    seeds_of_cells = [frozenset(cell.by_seed) for cell in (*ours, *theirs)]
+    of_policies = [{seed for cell in cells for seed in cell.by_seed} for cells in (ours, theirs)]
+    shared = sorted(set.intersection(*of_policies))
+    if not shared:
         return frozenset()
-    commonest = max(known, key=lambda seed: sum(seed in each for each in both))
-    return frozenset.intersection(*(seeds for seeds in both if commonest in seeds))
+    most_common = max(shared, key=lambda seed: sum(seed in seeds for seeds in seeds_of_cells))
+    return frozenset.intersection(*(seeds for seeds in seeds_of_cells if most_common in seeds))
 
 
 def _best(cells: Sequence[Cell], seeds: frozenset[int]) -> Cell:
     """The rate with the smallest mean final loss on `seeds`, among the cells that have them all."""
-    whole = [cell for cell in cells if seeds <= cell.by_seed.keys()]
-    return min(whole, key=lambda cell: (cell.diverged > 0, cell.on(seeds).final.value))
+    complete = [cell for cell in cells if seeds <= cell.by_seed.keys()]
+    return min(complete, key=lambda cell: (cell.diverged > 0, cell.on(seeds).final.value))
 
 
 def pair_of(cells: Sequence[Cell], policy: str, against: str) -> Pair | None:
-    """Two policies at their best rates; None where one has no finished run.
+    """Two policies at their best rates; None if one has no finished run.
 
-    A loss depends on the seed as much as on the policy: in a grid that is not done, a mean over
-    more seeds would be compared with one over fewer.
+    Rates are chosen on shared seeds, because a loss depends on the seed as much as on the policy:
+    in an unfinished grid, means over different seeds cannot be compared.
     """
     ours = [cell for cell in cells if cell.policy == policy]
     theirs = [cell for cell in cells if cell.policy == against]
     if not ours or not theirs:
         return None
     seeds = _shared_seeds(ours, theirs)
-    alone = (_shared_seeds(each, each) for each in (ours, theirs))
-    first, second = (seeds, seeds) if seeds else alone
+    own = (_shared_seeds(cells, cells) for cells in (ours, theirs))
+    first, second = (seeds, seeds) if seeds else own
     return Pair(_best(ours, first), _best(theirs, second), seeds)
 
 
 def _left_out(grid: Grid, cells: Sequence[Cell], policy: str, seeds: frozenset[int]) -> list[str]:
-    """Rates that the best of a policy was not chosen from, with how many seeds they have."""
-    have = {cell.learning_rate: cell.by_seed.keys() for cell in cells if cell.policy == policy}
+    """Rates excluded from the choice of a policy's best, with the number of seeds they have."""
+    seeds_at = {cell.learning_rate: cell.by_seed.keys() for cell in cells if cell.policy == policy}
     return [
-        f"{rate:g} ({len(have.get(rate, ()))} of {len(grid.seeds)})"
+        f"{rate:g} ({len(seeds_at.get(rate, ()))} of {len(grid.seeds)})"
         for rate in grid.learning_rates
-        if rate not in have or not seeds <= have[rate]
+        if rate not in seeds_at or not seeds <= seeds_at[rate]
     ]
 
 
@@ -164,7 +167,7 @@ def _named(seeds: Collection[int]) -> str:
 
 
 def _notes(grid: Grid, cells: Sequence[Cell], pair: Pair, control: Pair | None) -> list[str]:
-    """What a row's numbers rest on; `control` is the control beside itself."""
+    """Notes on which runs a row uses; `control` is the control paired with itself."""
     cell, other = pair.ours, pair.theirs
     notes = [
         f"diverged at {each.learning_rate:g}: {each.diverged} of {len(each.results)}"
@@ -174,39 +177,38 @@ def _notes(grid: Grid, cells: Sequence[Cell], pair: Pair, control: Pair | None) 
     if len(cell.results) < cell.planned:
         notes.append(f"{len(cell.results)} of {cell.planned} seeds")
     if left := _left_out(grid, cells, cell.policy, pair.chosen_on):
-        notes.append(f"rates left out for missing seeds: {', '.join(left)}")
+        notes.append(f"rates excluded for missing seeds: {', '.join(left)}")
     if control is None or other.policy == cell.policy:
         return notes
     left = _left_out(grid, cells, other.policy, pair.chosen_on)
     if left and left != _left_out(grid, cells, other.policy, control.chosen_on):
-        notes.append(f"of the control: {', '.join(left)}")
+        notes.append(f"rates of the control excluded: {', '.join(left)}")
     if not pair.common:
-        return [*notes, "no seed in common with the control"]
+        return [*notes, "no seed shared with the control"]
     if pair.common < cell.by_seed.keys() | other.by_seed.keys():
-        notes.append(f"compared on {_named(pair.common)} alone")
+        notes.append(f"compared only on {_named(pair.common)}")
     if pair.chosen_on < pair.common:
-        notes.append(f"rates chosen on {_named(pair.chosen_on)} alone")
+        notes.append(f"rates chosen only on {_named(pair.chosen_on)}")
     if other.learning_rate != control.ours.learning_rate:
         notes.append(f"compared with the control at {other.learning_rate:g}")
     return notes
 
 
-def at_the_edge(cells: Sequence[Cell], rows: Sequence[Row]) -> list[str]:
-    """Policies whose best rate is the smallest or largest tried: a better one may lie beyond."""
-    found = []
+def at_the_edge(cells: Sequence[Cell], rows: Sequence[PolicyRow]) -> list[str]:
+    """Policies whose best rate is the smallest or largest tried: a better one may lie outside."""
+    policies = []
     for row in rows:
         policy, rate = row.cell.policy, row.cell.learning_rate
         tried = sorted(cell.learning_rate for cell in cells if cell.policy == policy)
         if len(tried) > 1 and rate in (tried[0], tried[-1]):
-            found.append(policy)
-    return found
+            policies.append(policy)
+    return policies
 
 
-def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
+def rows_of(grid: Grid, results: Sequence[Result]) -> list[PolicyRow]:
     """The table: every policy with a finished run, the control first.
 
-    Losses are over all seeds of a policy; what compares it with the control is on their common
-    ones.
+    Losses are means over all seeds of a policy. Comparisons with the control use shared seeds.
     """
     cells = cells_of(grid, results)
     control = pair_of(cells, grid.control, grid.control)
@@ -221,7 +223,7 @@ def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
         start = reaches(reference, goal)
         iteration = reaches(means, goal) if not cell.diverged else None
         rows.append(
-            Row(
+            PolicyRow(
                 cell=cell,
                 difference=pair.difference if policy != pair.theirs.policy else None,
                 tokens=None if iteration is None else iteration * grid.tokens_per_iteration,
@@ -233,7 +235,7 @@ def rows_of(grid: Grid, results: Sequence[Result]) -> list[Row]:
 
 
 def effect_rows(grid: Grid, results: Sequence[Result]) -> list[tuple[Effect, Difference | None]]:
-    """What tells the embedding's rate, the mean and the order apart, each at its best rate."""
+    """The effects of the embedding's rate, the mean and the order, each policy at its best rate."""
     cells = cells_of(grid, results)
     return [
         (effect, pair.difference)

@@ -1,4 +1,4 @@
-"""What makes a run no fair comparison: it differs from the control in more than its policy."""
+"""Checks that runs differ only in policy, learning rate and seed."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from megatron_llr.tools.compare.flags import beyond_policy
 from megatron_llr.tools.compare.grid import Grid
 from megatron_llr.tools.compare.results import Result
 
-# One machine gives one loss to the bit; other kernels or layouts round, other data differ by far
-# more.
+# Relative. On one machine losses agree to the bit. Different kernels or layouts differ by rounding,
+# different data by far more.
 _SAME_START = 1e-5
 
 
@@ -22,7 +22,7 @@ def _flag_lines(grid: Grid) -> list[str]:
 
 
 def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
-    """Runs of one seed begin with one batch and one set of weights: with one loss."""
+    """Runs of one seed start with the same batch and weights, hence with the same loss."""
     lines = []
     for seed in grid.seeds:
         # A loss that was not logged is NaN.
@@ -32,8 +32,8 @@ def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
             continue
         expected = of_control[0].first_loss
         lines += [
-            f"{result.run}: loss {result.first_loss:.7g} at update 1, the control's "
-            f"{expected:.7g}: other data or other initial weights"
+            f"{result.run}: loss {result.first_loss:.7g} at update 1, but the control has "
+            f"{expected:.7g}: its data or initial weights differ"
             for result in mine
             if not math.isclose(result.first_loss, expected, rel_tol=_SAME_START)
         ]
@@ -42,8 +42,8 @@ def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
 
 def _evaluation_lines(results: Sequence[Result]) -> list[str]:
     """Finished runs are evaluated at the same updates."""
-    whole = [result for result in results if not result.diverged]
-    points = {tuple(iteration for iteration, _ in result.curve) for result in whole}
+    finished = [result for result in results if not result.diverged]
+    points = {tuple(iteration for iteration, _ in result.curve) for result in finished}
     if len(points) <= 1:
         return []
     return [f"runs are evaluated at different updates: {sorted(points, key=len)[0]} and others"]
@@ -52,14 +52,14 @@ def _evaluation_lines(results: Sequence[Result]) -> list[str]:
 def _environment_lines(results: Sequence[Result]) -> list[str]:
     lines = []
     for name in sorted({name for result in results for name in result.environment}):
-        found = sorted({result.environment.get(name, "none") for result in results})
-        if len(found) > 1:
-            lines.append(f"runs were made with different {name}: {', '.join(found)}")
+        values = sorted({result.environment.get(name, "none") for result in results})
+        if len(values) > 1:
+            lines.append(f"runs used different {name}: {', '.join(values)}")
     return lines
 
 
 def flagged(grid: Grid, results: Sequence[Result]) -> list[str]:
-    """A line for everything in which runs differ beyond their policy, rate and seed."""
+    """One line per difference between runs other than policy, rate and seed."""
     return [
         *_flag_lines(grid),
         *_start_lines(grid, results),

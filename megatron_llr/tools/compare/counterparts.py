@@ -1,9 +1,8 @@
-"""The controls that every esd policy of a grid gets, so that three effects can be told apart.
+"""Control policies added for every esd policy of a grid, which separate three effects.
 
-The gain of LLR over a uniform rate mixes the embedding's larger rate, the larger mean of the
-others, and their order. `embedding-only` against uniform shows the first, esd against itself with
-mean 1 the second, and with the mean held at 1 esd against a random order and against the inverse
-the third.
+The gain of LLR over a uniform rate mixes the embedding's larger rate, the larger mean of the other
+rates, and their order. `embedding-only` against uniform measures the first, esd against itself
+with mean 1 the second. The third is esd with mean 1 against a random order and against the inverse.
 """
 
 import shlex
@@ -18,7 +17,7 @@ Policies = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference of two policies and what it shows."""
+    """A difference of two policies and what it measures."""
 
     meaning: str
     policy: str
@@ -35,13 +34,14 @@ def _embedding(words: Sequence[str]) -> str:
 
 def _embedding_only(name: str, policies: Policies, shared: Sequence[str]) -> str | None:
     """The policy that has the embedding rate of `name` and 1 elsewhere, if there is one."""
-    asked = [*shared, *policies[name]]
+    flags = [*shared, *policies[name]]
     for other, words in policies.items():
-        here = [*shared, *words]
+        other_flags = [*shared, *words]
         if (
-            _kind(here) == "embedding-only"
-            and _embedding(here) == _embedding(asked)
-            and value_of(here, "--llr-max-multiplier") == value_of(asked, "--llr-max-multiplier")
+            _kind(other_flags) == "embedding-only"
+            and _embedding(other_flags) == _embedding(flags)
+            and value_of(other_flags, "--llr-max-multiplier")
+            == value_of(flags, "--llr-max-multiplier")
         ):
             return other
     return None
@@ -50,22 +50,22 @@ def _embedding_only(name: str, policies: Policies, shared: Sequence[str]) -> str
 def with_counterparts(
     policies: Policies, shared: Sequence[str], control: str
 ) -> dict[str, tuple[str, ...]]:
-    """Add what is missing of every esd policy's four counterparts.
+    """Add the missing ones of every esd policy's four counterparts.
 
     Args:
         policies: name -> flags.
         shared: flags of all runs.
-        control: the policy that all are compared with; it gets none.
+        control: the policy that all are compared with; it gets no counterparts.
 
     Returns:
         The policies and, for an esd policy `name`: `name-mean1`, `name-random`, `name-inverse`
-        (these with the mean of the others at 1) and, unless there is such a policy or its embedding
-        has no rate of its own, `name-embedding-only`.
+        (these with the mean of the others at 1) and `name-embedding-only`, unless such a policy
+        exists or its embedding has no separate rate.
 
     Raises:
-        ValueError: if a policy has the name of a counterpart and other flags.
+        ValueError: if a policy has the name of a counterpart but different flags.
     """
-    found = dict(policies)
+    completed = dict(policies)
     for name, words in policies.items():
         flags = [*shared, *words]
         if name == control or _kind(flags) != "esd" or value_of(flags, "--llr-inverse") is not None:
@@ -78,26 +78,26 @@ def with_counterparts(
         if mean_1:
             wanted = {f"{name}-mean1": (*words, _MEAN_1), **wanted}
         if _embedding(flags) not in ("one", "measured") and not _embedding_only(
-            name, found, shared
+            name, completed, shared
         ):
             wanted[f"{name}-embedding-only"] = (*words, "--llr-policy", "embedding-only")
         for other, counterpart in wanted.items():
             mine = policies.get(other, counterpart)
             if settings([*shared, *mine]) != settings([*shared, *counterpart]):
                 raise ValueError(
-                    f"policy {other} with {shlex.join(mine)}, the name of {name}'s counterpart "
-                    f"with {shlex.join(counterpart)}"
+                    f"policy {other} with {shlex.join(mine)}, but that is the name of {name}'s "
+                    f"counterpart with {shlex.join(counterpart)}"
                 )
-        present = [settings(other) for other in found.values()]
+        present = [settings(other) for other in completed.values()]
         for other, counterpart in wanted.items():
             if settings(counterpart) not in present:
-                found.setdefault(other, counterpart)
-    return found
+                completed.setdefault(other, counterpart)
+    return completed
 
 
 def effects(policies: Policies, shared: Sequence[str], control: str) -> list[Effect]:
-    """The differences that tell the three effects apart, for every esd policy that has them."""
-    found = []
+    """The differences that separate the three effects, for every esd policy with counterparts."""
+    available = []
     for name, words in policies.items():
         if name == control or _kind([*shared, *words]) != "esd":
             continue
@@ -106,11 +106,11 @@ def effects(policies: Policies, shared: Sequence[str], control: str) -> list[Eff
         wanted = [
             Effect("all together", name, control),
             Effect("the embedding's rate", only or "", control),
-            Effect("the rest, embedding alike", name, only or ""),
+            Effect("the rest, same embedding rate", name, only or ""),
             Effect("the mean of the others", name, f"{name}-mean1"),
             Effect("their order, against random", ordered, f"{name}-random"),
             Effect("their order, against inverse", ordered, f"{name}-inverse"),
         ]
         if f"{name}-random" in policies:
-            found += [e for e in wanted if e.policy in policies and e.against in policies]
-    return found
+            available += [e for e in wanted if e.policy in policies and e.against in policies]
+    return available

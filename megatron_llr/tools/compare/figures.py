@@ -1,9 +1,10 @@
-"""The two figures of a grid: curves at the best rates, and final loss over the learning rate."""
+"""The two figures of a grid: curves at the best rates, and final loss against learning rate."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.plots import pyplot
 from megatron_llr.tools.compare.aggregate import Cell
 from megatron_llr.tools.compare.grid import Grid
@@ -39,23 +40,24 @@ def curves(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
     axes.set_ylabel("validation loss")
     axes.set_title("every policy at its best learning rate")
     axes.legend(fontsize=8)
-    figure.savefig(target, dpi=110)
+    with replaced_file(target) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)
 
 
 def losses_over_rates(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
-    """Final validation loss over the learning rate; a cross at the top where runs diverged."""
+    """Final validation loss against learning rate; a cross at the top where runs diverged."""
     plt = pyplot()
     palette, colours = plt.get_cmap("tab10"), _colours(grid)
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     top = max((c.final.value for c in cells if math.isfinite(c.final.value)), default=1.0)
     for policy in grid.policies:
         mine = sorted((c for c in cells if c.policy == policy), key=lambda c: c.learning_rate)
-        whole = [cell for cell in mine if not cell.diverged]
+        finished = [cell for cell in mine if not cell.diverged]
         axes.errorbar(
-            [cell.learning_rate for cell in whole],
-            [cell.final.value for cell in whole],
-            yerr=[0.0 if math.isnan(c.final.error) else c.final.error for c in whole],
+            [cell.learning_rate for cell in finished],
+            [cell.final.value for cell in finished],
+            yerr=[0.0 if math.isnan(c.final.error) else c.final.error for c in finished],
             label=policy,
             color=palette(colours[policy]),
             marker="o",
@@ -63,12 +65,15 @@ def losses_over_rates(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
             capsize=3,
             linewidth=1.3,
         )
-        lost = [cell.learning_rate for cell in mine if cell.diverged]
-        axes.plot(lost, [top] * len(lost), "x", color=palette(colours[policy]), markersize=9)
+        diverged = [cell.learning_rate for cell in mine if cell.diverged]
+        axes.plot(
+            diverged, [top] * len(diverged), "x", color=palette(colours[policy]), markersize=9
+        )
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("final validation loss")
-    axes.set_title("final loss over learning rate (x: diverged)")
+    axes.set_title("final loss against learning rate (x: diverged)")
     axes.legend(fontsize=8)
-    figure.savefig(target, dpi=110)
+    with replaced_file(target) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -1,8 +1,8 @@
-"""Command lines as lists of words: what a flag is set to, and which flags they hold."""
+"""Flags in command lines given as lists of words."""
 
 from collections.abc import Sequence
 
-# Flags of the extension that say nothing about the policy.
+# Flags of the extension that are not settings of a policy.
 _NOT_OF_THE_POLICY = frozenset(
     "--llr-device --llr-dry-run --llr-fixed-validation --llr-log-dir --llr-reset-state "
     "--llr-same-start".split()
@@ -10,15 +10,15 @@ _NOT_OF_THE_POLICY = frozenset(
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:
-    """What a flag is set to, the last time it is set; "" for one without a value; else None."""
-    found = None
+    """The last value of a flag; "" for a flag without a value; None if it is not set."""
+    value = None
     for position, word in enumerate(words):
         if word == flag:
             after = words[position + 1] if position + 1 < len(words) else "--"
-            found = "" if after.startswith("--") else after
+            value = "" if after.startswith("--") else after
         elif word.startswith(flag + "="):
-            found = word.removeprefix(flag + "=")
-    return found
+            value = word.removeprefix(flag + "=")
+    return value
 
 
 def names(words: Sequence[str]) -> list[str]:
@@ -27,16 +27,16 @@ def names(words: Sequence[str]) -> list[str]:
 
 
 def settings(words: Sequence[str]) -> dict[str, str]:
-    """Flag -> all the words given to it, the last time it is set."""
-    found: dict[str, str] = {}
+    """Flag -> all words of its last occurrence."""
+    values: dict[str, str] = {}
     flag = ""
     for word in words:
         if word.startswith("--"):
             flag, _, value = word.partition("=")
-            found[flag] = value
+            values[flag] = value
         elif flag:
-            found[flag] = f"{found[flag]} {word}".strip()
-    return found
+            values[flag] = f"{values[flag]} {word}".strip()
+    return values
 
 
 def beyond_policy(words: Sequence[str], control: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs a grid: one or several jobs at a time, each once, however often it is interrupted."""
+"""Runs a grid, one or several jobs at a time. An interrupted grid continues where it stopped."""
 
 import fcntl
 import os
@@ -15,16 +15,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.compare.flags import settings, value_of
 from megatron_llr.tools.compare.grid import Grid, Run
 from megatron_llr.tools.compare.results import DONE, losses, read_done, write_done
 from megatron_llr.version import __version__
 
-# What Megatron's checks say before they end a job whose loss or gradient is not finite.
+# Messages of Megatron's checks that end a job whose loss or gradient is not finite.
 _NOT_FINITE = re.compile(r"found (NaN|Inf) in|Unexpected result (nan|inf)", re.I)
 _POLL_SECONDS = 0.2
-# Ranks are in sessions of their own: torchrun alone reaches them, and kills after 30 s
+# Ranks have their own process sessions: only torchrun can signal them, and it kills them after 30 s
 # (torch.distributed.elastic.multiprocessing).
 _GRACE_SECONDS = 45
 
@@ -38,29 +38,29 @@ class _Job:
 
 
 def environment(grid: Grid) -> dict[str, str]:
-    """What decides what a run computes, besides its settings: versions and the launcher."""
-    found = {"megatron-llr": __version__, "python": sys.version.split()[0]}
-    found["launch"] = " ".join(grid.launch) or "one process"
+    """Package versions and launcher, which affect a run's results besides its settings."""
+    versions = {"megatron-llr": __version__, "python": sys.version.split()[0]}
+    versions["launch"] = " ".join(grid.launch) or "one process"
     for package in ("torch", "megatron-core", "transformer-engine"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     try:
-        told = subprocess.run(
+        revision = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
-        found["commit"] = told.stdout.strip()
+        versions["commit"] = revision.stdout.strip()
     except OSError:
-        found["commit"] = ""
-    return found
+        versions["commit"] = ""
+    return versions
 
 
 def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
-    """The command line of a run; `slot` tells jobs that run at the same time apart."""
+    """The command line of a run; `slot` numbers the jobs that run at the same time."""
     launch = grid.launch or (sys.executable, "-W", "ignore")
     paths = ["--tensorboard-dir", str(run.folder / "tensorboard"), "--llr-log-dir", str(run.folder)]
     if value_of(run.settings, "--data-cache-path") is None:
@@ -69,26 +69,25 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
     if value_of(run.settings, "--save-interval") is not None:
         checkpoint = str(run.folder / "checkpoint")
         paths += ["--save", checkpoint, "--load", checkpoint]
-    # The loss at update 1 is what a run's start and its divergence are told by.
+    # The loss at update 1 is needed to compare initial weights and to detect divergence.
     return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
 
 
 def _visible_gpus(grid: Grid, jobs: int) -> list[str] | None:
-    """The GPUs that all jobs together may use; none where they are hidden, None if any may be.
+    """GPUs that all jobs share: empty if they are hidden, None if there is no restriction.
 
     Raises:
-        ValueError: if they are too few.
+        ValueError: if there are too few.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return None
     visible = [] if given in ("", "-1") else given.split(",")
     if visible and len(visible) < jobs * grid.gpus_per_run:
-        raise user_error(
-            f"too few GPUs for {jobs} jobs of {grid.gpus_per_run}",
-            got=f"CUDA_VISIBLE_DEVICES={given}",
-            allowed=f"at least {jobs * grid.gpus_per_run} GPUs",
-            remedy="lower --jobs or the grid's gpus_per_run (0 for jobs without a GPU)",
+        raise input_error(
+            f"CUDA_VISIBLE_DEVICES={given} has too few GPUs: --jobs {jobs} with gpus_per_run "
+            f"{grid.gpus_per_run} needs at least {jobs * grid.gpus_per_run}. Lower --jobs or the "
+            "grid's gpus_per_run (0 for jobs without a GPU)."
         )
     return visible
 
@@ -99,7 +98,7 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # One process is a whole job, as torchrun would tell it.
+        # The environment that torchrun sets for a job of one process.
         chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         chosen.setdefault("OMP_NUM_THREADS", "1")
@@ -111,7 +110,7 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
 
 
 def _lock(log: IO[bytes]) -> bool:
-    """Lock a job's log; False if a job of another call, which inherits the lock, still runs."""
+    """Lock a job's log; False if a job started by another call still holds the lock."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,11 +127,9 @@ def _check_that_no_job_runs(run: Run) -> None:
         return
     with path.open("ab") as log:
         if not _lock(log):
-            raise user_error(
-                f"{run.folder} has a job that still runs",
-                got=f"a lock on {path}",
-                allowed="one job in a folder",
-                remedy="wait for the job or end it (fuser -v FILE names its processes)",
+            raise input_error(
+                f"A job still runs in {run.folder}: it holds a lock on {path}. Only one job may "
+                f"use a folder. Wait for the job or stop it (fuser -v {path} lists its processes)."
             )
 
 
@@ -140,8 +137,8 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
     """The runs that are not done.
 
     Raises:
-        ValueError: if a finished run was made with other settings, unless `rerun_changed`: a result
-            is never thrown away unasked; or if a job of another call still runs in a folder.
+        ValueError: if a finished run had different settings, unless `rerun_changed` allows its
+            result to be deleted; or if a job of another call still runs in a folder.
     """
     waiting = []
     for run in grid.runs():
@@ -152,12 +149,12 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
             before, now = settings(record["settings"]), settings(run.settings)
             changed = sorted(f for f in before.keys() | now.keys() if before.get(f) != now.get(f))
             if not rerun_changed:
-                raise user_error(
-                    f"{run.folder} holds a finished run with other settings",
-                    got=", ".join(f"{f} {before.get(f)}, now {now.get(f)}" for f in changed)
-                    or "the same flags in another order",
-                    allowed="the settings of the grid",
-                    remedy="give the grid another out, or run it with --rerun-changed",
+                difference = ", ".join(f"{f} {before.get(f)}, now {now.get(f)}" for f in changed)
+                raise input_error(
+                    f"{run.folder} has a finished run with different settings: "
+                    f"{difference or 'the same flags in another order'}. They must be the settings "
+                    "of the grid. Choose another folder with --out, or delete the result and run "
+                    "again with --rerun-changed."
                 )
             waiting.append(run)
     for run in waiting:
@@ -166,15 +163,15 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
 
 
 def _prepare_folder(run: Run) -> None:
-    """Empty the folder of a run, unless a checkpoint in it is of these very settings."""
+    """Empty the folder of a run, unless it has a checkpoint with the same settings."""
     begun = run.folder / "begun.txt"
-    goes_on = (
+    resumes = (
         (run.folder / "checkpoint").exists()
         and not (run.folder / DONE).exists()
         and begun.exists()
         and begun.read_text(encoding="utf-8") == run.digest
     )
-    if run.folder.exists() and not goes_on:
+    if run.folder.exists() and not resumes:
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(run.digest, encoding="utf-8")
@@ -207,25 +204,25 @@ def _stop(jobs: Sequence[_Job]) -> None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a job that has ended came to, and whether the next call need not try it again."""
+    """The result of a job that ended, and whether it is done, so that it is not run again."""
 
     text: str
     done: bool
 
 
 def _ended_early(run: Run, reached: int) -> str:
-    """A job that ended well before its last update: by --exit-interval, a time limit, a signal."""
+    """Message for exit code 0 before the last update: --exit-interval, a time limit, a signal."""
     saved = (run.folder / "checkpoint").exists()
-    goes_on = "goes on from its checkpoint" if saved else "begins it again (no --save-interval)"
-    asked = value_of(run.settings, "--train-iters")
+    next_call = "resumes its checkpoint" if saved else "restarts it (no --save-interval)"
+    updates = value_of(run.settings, "--train-iters")
     return (
-        f"NOT DONE, ended with code 0, last evaluated at update {reached} of {asked}: "
-        f"see {run.folder}/log.txt; the next call {goes_on}"
+        f"NOT DONE, exited with code 0, last evaluated at update {reached} of {updates}: "
+        f"see {run.folder}/log.txt; the next call {next_call}"
     )
 
 
 def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
-    """Record a job that has ended, if it reached its last update or a loss that is not finite."""
+    """Record a job that ended, if it reached its last update or a loss that is not finite."""
     seconds = time.monotonic() - job.started
     text = (job.run.folder / "log.txt").read_text(errors="replace")
     code = job.process.returncode
@@ -244,36 +241,36 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
         environment=versions,
         command=command(grid, job.run, job.slot),
     )
-    came_to = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
-    return _Outcome(f"{came_to} ({seconds:.0f} s)", done=True)
+    result = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
+    return _Outcome(f"{result} ({seconds:.0f} s)", done=True)
 
 
 def run_grid(
     grid: Grid, waiting: Sequence[Run], *, jobs: int, say: Callable[[str], None]
 ) -> list[Run]:
-    """Run what is waiting.
+    """Run the waiting jobs.
 
     Args:
         grid: the grid.
         waiting: as `pending` gives it.
-        jobs: how many at a time.
+        jobs: number of jobs at a time.
         say: prints a line of progress.
 
     Returns:
-        The runs that did not reach their last update, for another reason than a loss that is not
-        finite; they are not recorded as done, and the next call tries them again.
+        The runs that failed or ended before their last update with a finite loss. They are not
+        recorded as done, and the next call runs them again.
 
     Raises:
-        ValueError: before any job, if CUDA_VISIBLE_DEVICES has too few GPUs for several at a time.
+        ValueError: before any job starts, if CUDA_VISIBLE_DEVICES has too few GPUs for `jobs`.
     """
     if jobs > 1:
         _visible_gpus(grid, jobs)
     total, versions = len(grid.runs()), environment(grid)
-    begun, done, left = time.monotonic(), 0, list(waiting)
+    started, done, left = time.monotonic(), 0, list(waiting)
     failed: list[Run] = []
     active: list[_Job] = []
     if len(left) < total:
-        say(f"{total - len(left)} of {total} runs are done already")
+        say(f"{total - len(left)} of {total} runs are already done")
     try:
         while left or active:
             while left and len(active) < jobs:
@@ -286,7 +283,7 @@ def run_grid(
                 outcome = _finish(grid, job, versions)
                 if not outcome.done:
                     failed.append(job.run)
-                rest = (time.monotonic() - begun) / done * (len(waiting) - done) / 60
+                rest = (time.monotonic() - started) / done * (len(waiting) - done) / 60
                 say(
                     f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome.text}; "
                     f"about {rest:.0f} min left"

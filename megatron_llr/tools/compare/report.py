@@ -1,14 +1,20 @@
-"""The report of a grid: a table for people, CSV files for machines, two figures."""
+"""The report of a grid: a text table, CSV files and two figures."""
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.compare import figures
-from megatron_llr.tools.compare.aggregate import Row, at_the_edge, cells_of, effect_rows, rows_of
+from megatron_llr.tools.compare.aggregate import (
+    PolicyRow,
+    at_the_edge,
+    cells_of,
+    effect_rows,
+    rows_of,
+)
 from megatron_llr.tools.compare.checks import flagged
 from megatron_llr.tools.compare.grid import Grid
 from megatron_llr.tools.compare.results import Result, read_result
@@ -21,14 +27,14 @@ def _mean(mean: Mean) -> str:
     return f"{mean.value:.4f}" + (f" ± {mean.error:.4f}" if math.isfinite(mean.error) else "")
 
 
-def _difference(found: Difference | None) -> str:
-    if found is None or not math.isfinite(found.value):
+def _difference(of: Difference | None) -> str:
+    if of is None or not math.isfinite(of.value):
         return "-"
-    interval = f" [{found.low:+.4f}, {found.high:+.4f}]" if math.isfinite(found.low) else ""
-    return f"{found.value:+.4f}{interval}"
+    interval = f" [{of.low:+.4f}, {of.high:+.4f}]" if math.isfinite(of.low) else ""
+    return f"{of.value:+.4f}{interval}"
 
 
-def _table(grid: Grid, rows: Sequence[Row]) -> str:
+def _table(grid: Grid, rows: Sequence[PolicyRow]) -> str:
     header = [*"policy,best lr,final loss,best loss,to control [95 %]".split(",")]
     header += ["M tokens to its loss", "speedup", "notes"]
     lines = []
@@ -51,12 +57,13 @@ def _table(grid: Grid, rows: Sequence[Row]) -> str:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    beside = path.with_suffix(".csv.part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replaced_file(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-    os.replace(beside, path)
 
 
 def _run_row(result: Result) -> Sequence[object]:
@@ -65,15 +72,15 @@ def _run_row(result: Result) -> Sequence[object]:
     return (run.policy, run.learning_rate, run.seed, *losses)
 
 
-def _table_row(row: Row) -> Sequence[object]:
-    cell, found = row.cell, row.difference
-    interval = (found.value, found.low, found.high, found.paired) if found else ("",) * 4
+def _table_row(row: PolicyRow) -> Sequence[object]:
+    cell, of = row.cell, row.difference
+    interval = (of.value, of.low, of.high, of.paired) if of else ("",) * 4
     losses = (cell.final.value, cell.final.error, cell.best.value, cell.best.error)
     head = (cell.policy, cell.learning_rate, *losses, cell.final.count)
     return (*head, *interval, row.tokens, row.speedup, "; ".join(row.notes))
 
 
-def _write_data(grid: Grid, results: Sequence[Result], rows: Sequence[Row]) -> None:
+def _write_data(grid: Grid, results: Sequence[Result], rows: Sequence[PolicyRow]) -> None:
     _write_csv(
         grid.out / "runs.csv",
         "policy learning_rate seed final_loss best_loss diverged first_loss seconds".split(),
@@ -100,7 +107,7 @@ def report(grid: Grid) -> str:
     """Write table.txt, the CSV files and the figures into the grid's folder.
 
     Returns:
-        What table.txt holds.
+        The contents of table.txt.
     """
     runs = grid.runs()
     results = [result for run in runs if (result := read_result(run)) is not None]
@@ -124,5 +131,6 @@ def report(grid: Grid) -> str:
         figures.curves(grid, [row.cell for row in rows], grid.out / "curves.png")
         figures.losses_over_rates(grid, cells, grid.out / "learning_rates.png")
     text = "\n\n".join(parts)
-    (grid.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    with replaced_file(grid.out / "table.txt") as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return text

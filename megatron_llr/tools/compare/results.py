@@ -1,13 +1,13 @@
-"""What a run left: its validation losses, and the record that says it is done."""
+"""Results of a run: its validation losses, and the record that it is done."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llr.output import replaced_file
 from megatron_llr.tools.compare.grid import Run
 
 DONE = "done.json"
@@ -21,12 +21,12 @@ class Result:
     """A run that is done.
 
     Attributes:
-        run: what was asked for.
+        run: the run.
         first_loss: training loss at update 1, before any weight has moved; NaN if not logged.
         curve: (iteration, validation loss) at every evaluation.
-        diverged: it ended in a loss that is not finite, or above the first one.
+        diverged: whether its last loss is not finite, or above the first one.
         seconds: wall time of the job.
-        environment: versions that it ran with.
+        environment: package versions.
     """
 
     run: Run
@@ -48,34 +48,34 @@ class Result:
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Tag -> iteration -> value in a folder of TensorBoard events; no folder, no tags.
+    """Tag -> iteration -> value in a folder of TensorBoard events; empty without a folder.
 
-    Of one file, that is of one start of the job, the first value of an iteration counts: Megatron
-    writes the loss on the test set under the validation's tag, after it. A later file, of a job
-    that was gone on with, replaces what it repeats.
+    Each start of a job writes one file. Within a file the first value of an iteration counts,
+    because Megatron writes the test loss after the validation loss, under the same tag. The file of
+    a resumed job replaces the iterations that it repeats.
     """
-    found: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.*")):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
         events.Reload()
         for tag in {TRAINING, VALIDATION}.intersection(events.Tags()["scalars"]):
-            mine = {point.step: point.value for point in reversed(events.Scalars(tag))}
-            before = found.get(tag, {}).items()
-            found[tag] = {step: value for step, value in before if step < min(mine)} | mine
-    return found
+            new = {point.step: point.value for point in reversed(events.Scalars(tag))}
+            before = values.get(tag, {}).items()
+            values[tag] = {step: value for step, value in before if step < min(new)} | new
+    return values
 
 
 def losses(folder: Path) -> tuple[float, tuple[tuple[int, float], ...]]:
     """First training loss, and validation losses by iteration, of a run's folder."""
-    found = scalars(folder / "tensorboard")
-    first = found.get(TRAINING, {}).get(1, math.nan)
-    return first, tuple(sorted(found.get(VALIDATION, {}).items()))
+    values = scalars(folder / "tensorboard")
+    first = values.get(TRAINING, {}).get(1, math.nan)
+    return first, tuple(sorted(values.get(VALIDATION, {}).items()))
 
 
 def has_diverged(first: float, curve: tuple[tuple[int, float], ...], died_of_nan: bool) -> bool:
-    """Whether a run ended nowhere: a result like any other, shown as such."""
+    """Whether a run diverged, which is a result and not an error."""
     if died_of_nan or not curve:
         return died_of_nan
     last = curve[-1][1]
@@ -83,7 +83,7 @@ def has_diverged(first: float, curve: tuple[tuple[int, float], ...], died_of_nan
 
 
 def read_done(run: Run) -> dict[str, Any] | None:
-    """The record of a finished run, or None. A record that cannot be read counts as none."""
+    """The record of a finished run, or None if it is missing or cannot be read."""
     try:
         record = json.loads((run.folder / DONE).read_text(encoding="utf-8"))
         return dict(record) if record["version"] == _VERSION else None
@@ -92,7 +92,7 @@ def read_done(run: Run) -> dict[str, Any] | None:
 
 
 def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> None:
-    """Record that a run is done: written beside, then renamed, so that it is whole or not there."""
+    """Record that a run is done. The record is complete or absent."""
     record = {
         "version": _VERSION,
         "digest": run.digest,
@@ -101,13 +101,12 @@ def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> N
         "seconds": round(seconds, 2),
         **more,
     }
-    beside = run.folder / (DONE + ".part")
-    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(beside, run.folder / DONE)
+    with replaced_file(run.folder / DONE) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def read_result(run: Run) -> Result | None:
-    """What a finished run left, or None if it is not done or its settings were others."""
+    """The result of a finished run, or None if it is not done or had different settings."""
     record = read_done(run)
     if record is None or record["digest"] != run.digest:
         return None

@@ -1,4 +1,4 @@
-"""Means, standard errors, differences with confidence intervals; when a curve reaches a loss."""
+"""Means, standard errors, differences with confidence intervals; where a curve reaches a loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its confidence interval, NaN bounds where there is none."""
+    """A mean difference with its confidence interval, whose bounds are NaN if there is none."""
 
     value: float
     low: float
@@ -40,33 +40,19 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(mean, math.sqrt(variance / count), count)
 
 
-def student_cdf(t: float, freedom: float) -> float:
-    """P(T <= t) of Student's t with `freedom` degrees of freedom, to about 1e-10.
-
-    With t = sqrt(freedom) tan(u) the density is proportional to cos(u)^(freedom - 1), smooth on a
-    finite interval: Simpson's rule on 2,000 panels.
-    """
-    end = math.atan(abs(t) / math.sqrt(freedom))
-    panels = 2000
-    step = end / panels
-    total = 0.0
-    for index in range(panels + 1):
-        weight = 1 if index in (0, panels) else 4 if index % 2 else 2
-        total += weight * math.cos(index * step) ** (freedom - 1)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    half = scale * total * step / 3
-    return 0.5 + math.copysign(half, t)
-
-
 def student_quantile(probability: float, freedom: float) -> float:
-    """The t with P(T <= t) = `probability` (0.5 to 1), by bisection."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    """Quantile of Student's t with `freedom` degrees of freedom.
+
+    Raises:
+        ImportError: if SciPy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ImportError as missing:
+        raise ImportError(
+            "Confidence intervals need SciPy: pip install 'megatron-llr[compare]'"
+        ) from missing
+    return float(stats.t.ppf(probability, freedom))
 
 
 def difference_of(
@@ -74,8 +60,8 @@ def difference_of(
 ) -> Difference:
     """Mean of ours - theirs.
 
-    On the seeds that are in both, seed by seed: what a seed does to both cancels. One such seed
-    gives no interval. Without any, Welch's interval for two samples, with his degrees of freedom.
+    With shared seeds it is paired: the effect of a seed on both cancels. A single shared seed
+    gives no interval. Without shared seeds it is Welch's interval for two samples.
 
     Args:
         ours: seed -> loss.
@@ -84,9 +70,9 @@ def difference_of(
     """
     common = sorted(ours.keys() & theirs.keys())
     if common:
-        found = mean_of([ours[seed] - theirs[seed] for seed in common])
-        error, freedom, count = found.error, float(found.count - 1), found.count
-        value, paired = found.value, True
+        mean = mean_of([ours[seed] - theirs[seed] for seed in common])
+        error, freedom, count = mean.error, float(mean.count - 1), mean.count
+        value, paired = mean.value, True
     else:
         a, b = mean_of(list(ours.values())), mean_of(list(theirs.values()))
         value, paired, count = a.value - b.value, False, min(a.count, b.count)
@@ -103,15 +89,15 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[int, Mean]]:
     """Mean over seeds at the iterations that all curves have."""
     if not curves:
         return []
-    found = [dict(curve) for curve in curves]
-    common = sorted(set.intersection(*(set(curve) for curve in found)))
-    return [(iteration, mean_of([curve[iteration] for curve in found])) for iteration in common]
+    losses = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*(set(curve) for curve in losses)))
+    return [(iteration, mean_of([curve[iteration] for curve in losses])) for iteration in common]
 
 
 def reaches(curve: Curve, loss: float) -> float | None:
-    """Iteration at which a curve first comes down to a loss, on straight lines between evaluations.
+    """Iteration at which a curve first reaches a loss, interpolated linearly between evaluations.
 
-    None where it never does. A curve that is below at its first evaluation answers with that one.
+    None if it never does; the first evaluation if that is already at or below the loss.
     """
     before: tuple[int, float] | None = None
     for iteration, value in curve:

@@ -1,10 +1,10 @@
-"""What a dense LLaMA-style model is made of, whoever writes it down. Pure Python."""
+"""The architecture of a dense LLaMA-style model, independent of either format. Pure Python."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Architecture:
     Attributes:
         layers: number of blocks.
         hidden: width of the residual stream.
-        ffn: width inside the MLP.
+        ffn: hidden width of the MLP.
         heads: query heads.
         groups: key/value heads.
         channels: width of one head.
@@ -23,7 +23,7 @@ class Architecture:
         norm_epsilon: added to the mean square in RMSNorm.
         rope_theta: base of the rotary frequencies.
         rope_scaling: factor of LLaMA 3's frequency scaling, or None.
-        window: tokens that a query sees, itself included, or None for all.
+        window: tokens that a query attends to, itself included, or None for all.
         tied: whether the head is the embedding.
         qkv_bias: whether q, k and v have biases.
         qk_norm: whether heads of q and k are normalised.
@@ -47,7 +47,7 @@ class Architecture:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Lengths of tensor dimensions, by the names that the family tables use."""
+        """Lengths of tensor dimensions, by their names in the family tables."""
         return {
             "hidden": self.hidden,
             "ffn": self.ffn,
@@ -58,7 +58,7 @@ class Architecture:
         }
 
 
-# Attributes that both sides store as they are: ours, Hugging Face's config, Megatron's args.
+# Attributes that both formats store unchanged: ours, Hugging Face's config, Megatron's args.
 SHARED = (
     ("layers", "num_hidden_layers", "num_layers"),
     ("hidden", "hidden_size", "hidden_size"),
@@ -70,7 +70,7 @@ SHARED = (
     ("norm_epsilon", "rms_norm_eps", "layernorm_epsilon"),
 )
 
-# LLaMA 3's frequency scaling with the constants that Megatron has built in
+# LLaMA 3's frequency scaling with the constants that are fixed in Megatron
 # (megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -83,18 +83,17 @@ def rope_of(parameters: Mapping[str, Any]) -> float | None:
     """Factor of LLaMA 3's rotary scaling in a Hugging Face config, or None without scaling.
 
     Raises:
-        ValueError: for a scaling that Megatron's rotary embedding has no flag for.
+        ValueError: for a scaling that Megatron's rotary embedding does not support.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return None
     same = all(parameters.get(key) == value for key, value in _LLAMA3_ROPE.items())
     if kind != "llama3" or not same:
-        raise user_error(
-            "the model scales its rotary frequencies in a way that Megatron does not",
-            got=f"{dict(parameters)}",
-            allowed=f"no scaling, or rope_type llama3 with {_LLAMA3_ROPE}",
-            remedy="no flag mends this: the converted model would be another function",
+        raise input_error(
+            f"The model scales its rotary frequencies with {dict(parameters)}, which Megatron "
+            f"cannot do. It supports no scaling, or rope_type llama3 with {_LLAMA3_ROPE}. This "
+            "model cannot be converted: it would compute a different function."
         )
     return float(parameters["factor"])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.convert.hugging_face import CONFIG
 from megatron_llr.tools.convert.options import Options
 from megatron_llr.tools.progress import Progress
@@ -24,24 +24,24 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 def _bytes(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or not float(number):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a size as 500MB or 2GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB")
     return int(float(number) * _UNITS[unit])
 
 
 def _iteration(text: str) -> str:
     if text != "release" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number, or release")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor release")
     return text
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; the help fits one screen."""
+    """The flags; the help fits on one screen."""
     made = argparse.ArgumentParser(
         description="Convert a dense LLaMA, Mistral, Qwen2 or Qwen3 between Hugging Face "
         "safetensors and Megatron torch_dist; the direction follows from INPUT. Needs no GPU.",
@@ -53,13 +53,13 @@ def parser() -> argparse.ArgumentParser:
     add("input", type=Path, metavar="INPUT", help="folder with config.json, or Megatron's --save")
     add("output", type=Path, metavar="OUTPUT", help="folder to make")
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="of the weights (default: as they are)")
+    add("--dtype", choices=dtypes, help="of the weights (default: unchanged)")
     add(
         "--iteration",
         type=_iteration,
-        help="Megatron checkpoint to take, a number or `release` (default: last)",
+        help="Megatron checkpoint to read, a number or `release` (default: last)",
     )
-    add("--files", type=Path, metavar="DIR", help="take config.json and tokenizer from here")
+    add("--files", type=Path, metavar="DIR", help="copy config.json and tokenizer from here")
     add(
         "--vocab-size",
         type=_positive,
@@ -68,22 +68,20 @@ def parser() -> argparse.ArgumentParser:
     )
     text = "pad Megatron's vocabulary to a multiple (default: 128)"
     add("--vocab-multiple", type=_positive, default=128, metavar="N", help=text)
-    text = "largest output file (default: 2GB); memory holds one"
+    text = "largest output file (default: 2GB); one is held in memory"
     add("--shard-size", type=_bytes, default=2 * 10**9, metavar="SIZE", help=text)
     return made
 
 
 def convert(source: Path, target: Path, options: Options) -> list[str]:
-    """Convert in the direction that the input asks for; returns the lines of the final table."""
+    """Convert in the direction that the input implies; returns the lines of the final table."""
     from megatron_llr.tools.convert.to_hugging_face import to_hugging_face
     from megatron_llr.tools.convert.to_megatron import to_megatron
 
     if not source.is_dir():
-        raise user_error(
-            "no such input",
-            got=source,
-            allowed="a folder with config.json, or one that Megatron's --save named",
-            remedy="check the path",
+        raise input_error(
+            f"There is no folder {source}. INPUT must be a folder with config.json, or one given "
+            "to Megatron's --save. Check the path."
         )
     forward = (source / CONFIG).exists()
     with Progress() as progress:
@@ -106,12 +104,14 @@ def main(arguments: list[str] | None = None) -> int:
         iteration=args.iteration,
         files=args.files,
     )
-    # What Megatron and PyTorch say of absent GPUs and ranks is nothing to this command's user.
+    # Warnings of Megatron and PyTorch about missing GPUs and ranks do not concern this command.
     warnings.simplefilter("ignore")
     try:
-        for line in convert(args.input, args.output, options):
-            print(line)
+        lines = convert(args.input, args.output, options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as failed:
         print(failed, file=sys.stderr)
         return 1
+    print("\n".join(lines))
     return 0

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
+from megatron_llr.output import and_more, cannot_write
 from megatron_llr.tools.convert.settings import read_json
-from megatron_llr.tools.output import cannot_write
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,7 +51,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies, and what it is."""
+    """File, shape and dtype of a tensor."""
 
     file: str
     shape: tuple[int, ...]
@@ -59,13 +59,13 @@ class Entry:
 
 
 class SafetensorsFolder:
-    """Reads tensors of a folder with one `model.safetensors`, else with shards and an index.
+    """Reads tensors of a folder with one `model.safetensors`, or with shards and an index.
 
-    A file is mapped while one tensor is copied out of it, so that memory holds that tensor alone.
-    Opening reads every header: missing and truncated files are found before anything is written.
+    Files are memory-mapped while one tensor is copied, so memory holds only that tensor. The
+    constructor reads all headers: missing and truncated files raise before anything is written.
 
     Raises:
-        ValueError: if files are missing or broken, or hold other tensors than the index says.
+        ValueError: if files are missing or damaged, or do not match the index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,33 +74,28 @@ class SafetensorsFolder:
         index = self._index()
         for file in sorted(set(index.values())) or [SINGLE]:
             self._read_header(file)
-        lost = sorted(set(index) - set(self.entries))
-        if lost:
-            raise user_error(
-                f"{folder} lacks tensors that its index names",
-                got=f"{lost[0]} is not in {index[lost[0]]} ({len(lost)} in all)",
-                allowed="an index that fits its shards",
-                remedy="copy the folder anew",
+        missing = sorted(set(index) - set(self.entries))
+        if missing:
+            raise input_error(
+                f"The index of {folder} lists tensors that its files do not have: "
+                f"{and_more(missing)}, expected in {index[missing[0]]}. The index must match the "
+                "shards. Copy the folder again."
             )
 
     def _index(self) -> dict[str, str]:
-        # One file comes before an index that may be older, as in transformers.
+        # The single file takes precedence over an index that may be older, as in transformers.
         if (self.folder / SINGLE).exists():
             return {}
         if not (self.folder / INDEX).exists():
-            raise user_error(
-                f"no weights in {self.folder}",
-                got="neither of the two files",
-                allowed=f"{SINGLE}, or {INDEX} and its shards",
-                remedy="load a model of pickled weights with transformers and save it anew",
+            raise input_error(
+                f"There are no weights in {self.folder}. It must have {SINGLE}, or {INDEX} and its "
+                "shards. Load pickled weights with transformers and save them as safetensors."
             )
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise user_error(
-                f"{self.folder / INDEX} lists no tensors",
-                got="no weight_map",
-                allowed="an index as transformers writes it",
-                remedy="copy the folder anew",
+            raise input_error(
+                f"{self.folder / INDEX} lists no tensors: it has no weight_map. It must be an "
+                "index in the format of transformers. Copy the folder again."
             )
         return {str(name): str(file) for name, file in weight_map.items()}
 
@@ -113,11 +108,9 @@ class SafetensorsFolder:
             with safe_open(path, framework="pt") as handle:
                 yield handle
         except (OSError, SafetensorError) as broken:
-            raise user_error(
-                f"cannot read {path}",
-                got=f"{type(broken).__name__}: {broken}",
-                allowed="a whole safetensors file",
-                remedy="copy it anew",
+            raise input_error(
+                f"Cannot read {path}: {type(broken).__name__}: {broken}. It must be a complete "
+                "safetensors file. Copy it again."
             ) from broken
 
     def _read_header(self, file: str) -> None:
@@ -130,27 +123,25 @@ class SafetensorsFolder:
         """Dtype of a tensor, without reading it.
 
         Raises:
-            ValueError: if it is quantised.
+            ValueError: if it is quantized.
         """
-        found = self.entries[name].dtype
-        if found not in _DTYPES:
-            raise user_error(
-                f"{name} is not stored as plain floating-point numbers",
-                got=found,
-                allowed=", ".join(_DTYPES),
-                remedy="dequantise the model with transformers and save it anew",
+        stored = self.entries[name].dtype
+        if stored not in _DTYPES:
+            raise input_error(
+                f"{name} is stored as {stored}, not as plain floating point. It must be one of "
+                f"{', '.join(_DTYPES)}. Dequantize the model with transformers and save it again."
             )
-        return _DTYPES[found]
+        return _DTYPES[stored]
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors have the same shape, dtype and numbers."""
+        """Whether two tensors have the same shape, dtype and values."""
         one, two = self.entries[name], self.entries[other]
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
         return torch.equal(self.read(name), self.read(other))
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, in its own dtype, with memory of its own."""
+        """A copy of a tensor in its stored dtype."""
         with self._open(self.entries[name].file) as handle:
             tensor: torch.Tensor = handle.get_tensor(name).clone()
         return tensor
@@ -158,13 +149,13 @@ class SafetensorsFolder:
 
 @dataclass
 class Shards:
-    """Writes tensors, as they come, into files of a bounded size, and the index at the end.
+    """Writes a stream of tensors into files of bounded size, and the index at the end.
 
-    The files' final names hold their number, which is known at the end: they are renamed then.
+    The final file names contain the number of files, so the files are renamed at the end.
 
     Attributes:
-        folder: where to.
-        limit: bytes of a shard; a tensor larger than that gets one of its own.
+        folder: output folder.
+        limit: bytes of a shard; a larger tensor gets its own.
     """
 
     folder: Path
@@ -175,7 +166,7 @@ class Shards:
     _total: int = 0
 
     def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take tensors over; writes a shard whenever the next would not fit."""
+        """Add tensors; writes a shard whenever the next tensor would not fit."""
         for name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             if self._open and self._size + size > self.limit:
@@ -200,7 +191,7 @@ class Shards:
         self._size = 0
 
     def close(self) -> list[str]:
-        """Write what is left, and the index; returns the names of the files."""
+        """Write the last shard and the index; returns the names of the files."""
         if self._open:
             self._flush()
         names = list(self._names())

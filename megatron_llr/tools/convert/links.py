@@ -1,4 +1,4 @@
-"""One Megatron tensor and the Hugging Face tensors that it is fused from: cutting and joining."""
+"""One Megatron tensor and the Hugging Face tensors that it is fused from: splitting and fusing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import torch
 from megatron_llr.matrices.layout import Span
 from megatron_llr.megatron.weight_names import HeldRows, TransformerShape, row_layout
 from megatron_llr.tools.convert.architecture import Architecture
-from megatron_llr.tools.convert.model_families import DIMENSIONS, MODEL_ROWS, Family, Row
+from megatron_llr.tools.convert.model_families import DIMENSIONS, MODEL_ROWS, Family, TensorRow
 
 LAYER_PREFIX = "decoder.layers."
-"""What Megatron puts before the tensors of a layer; it stacks those of all layers in one tensor."""
+"""Prefix of a layer's tensors in Megatron, which stacks those of all layers in one tensor."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A Hugging Face tensor: its name, its shape, and where its rows lie in the fused tensor."""
+class FusedPart:
+    """A Hugging Face tensor: its name, its shape, and the spans of its rows in the fused tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,28 +31,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Link:
-    """A Megatron tensor of one layer, or of the model, and its parts.
+    """A Megatron tensor, of one layer or of the model, and its parts.
 
     Attributes:
         key: the tensor's key in a Megatron checkpoint, without the layer's number.
         layer: the layer's number, or None.
         shape: of the tensor, vocabulary padding included.
-        parts: what it is fused from, none empty.
+        parts: the tensors that it is fused from; not empty.
     """
 
     key: str
     layer: int | None
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[FusedPart, ...]
 
     def fuse(self, parts: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The Megatron tensor of the parts, in their order; rows of padding are zero.
+        """The Megatron tensor made of the parts, in order; padding rows are zero.
 
-        Of an iterator no more than one part is held at a time.
+        With an iterator only one part is held at a time.
         """
         if len(self.parts) == 1 and self.parts[0].shape == self.shape:
-            (whole,) = parts
-            return whole.to(dtype)
+            (tensor,) = parts
+            return tensor.to(dtype)
         fused = torch.zeros(self.shape, dtype=dtype)
         for part, tensor in zip(self.parts, parts, strict=True):
             for span in part.spans:
@@ -74,7 +74,7 @@ class Link:
         }
 
 
-def _parts(row: Row, prefix: str, model: Architecture) -> tuple[Part, ...]:
+def _parts(row: TensorRow, prefix: str, model: Architecture) -> tuple[FusedPart, ...]:
     shapes: dict[str, tuple[int, ...]] = {}
     for role in row.parts:
         sizes = tuple(model.sizes[dimension] for dimension in DIMENSIONS[role])
@@ -94,25 +94,26 @@ def _parts(row: Row, prefix: str, model: Architecture) -> tuple[Part, ...]:
         )
         spans = layout(shape, HeldRows(rows))
     return tuple(
-        Part(prefix + name, shapes[role], tuple(spans[role])) for role, name in row.parts.items()
+        FusedPart(prefix + name, shapes[role], tuple(spans[role]))
+        for role, name in row.parts.items()
     )
 
 
-def _shape(parts: Sequence[Part], rows: int | None) -> tuple[int, ...]:
+def _shape(parts: Sequence[FusedPart], rows: int | None) -> tuple[int, ...]:
     return (rows or sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
 def links_of(family: Family, model: Architecture, padded_vocab: int) -> list[Link]:
-    """All tensors of a model, in the order of the data's way through it.
+    """All tensors of a model, in the order of its forward pass.
 
     Args:
-        family: its table.
+        family: the model's family.
         model: the architecture.
         padded_vocab: rows of Megatron's embedding and head.
     """
     links: list[Link] = []
 
-    def add(row: Row, layer: int | None) -> None:
+    def add(row: TensorRow, layer: int | None) -> None:
         if row.when(model):
             prefix = "" if layer is None else family.layer_prefix.format(layer)
             parts = _parts(row, prefix, model)

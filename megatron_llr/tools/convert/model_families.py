@@ -1,7 +1,7 @@
-"""The families of models that can be converted: one table each.
+"""The model families that can be converted, with one table each.
 
-A row says which Megatron tensor holds which Hugging Face tensors. Names of a layer's tensors are
-those below the layer. Megatron's checkpoint keys are the same for its local and its Transformer
+A row maps a Megatron tensor to the Hugging Face tensors in it. Names of a layer's tensors omit the
+prefix of the layer. Megatron's checkpoint keys are the same for its local and its Transformer
 Engine layers (megatron/core/models/gpt/gpt_layer_specs.py maps the former onto the latter).
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.convert.architecture import Architecture
 
 # Role of a tensor -> its dimensions, by the names in Architecture.sizes; a bias has the first only.
@@ -31,13 +31,13 @@ Condition = Callable[[Architecture], bool]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One Megatron tensor.
 
     Attributes:
-        megatron: its key in a checkpoint; of a layer's tensor, below the layer.
+        megatron: its key in a checkpoint, without the prefix of the layer.
         parts: role -> Hugging Face tensor, in the order in which Megatron fuses them.
-        when: whether a model has it.
+        when: whether a model has the tensor.
     """
 
     megatron: str
@@ -46,16 +46,16 @@ class Row:
 
 
 MODEL_ROWS = (
-    Row("embedding.word_embeddings.weight", {"embedding": "model.embed_tokens.weight"}),
-    Row("decoder.final_layernorm.weight", {"norm": "model.norm.weight"}),
-    Row("output_layer.weight", {"head": "lm_head.weight"}, lambda model: not model.tied),
+    TensorRow("embedding.word_embeddings.weight", {"embedding": "model.embed_tokens.weight"}),
+    TensorRow("decoder.final_layernorm.weight", {"norm": "model.norm.weight"}),
+    TensorRow("output_layer.weight", {"head": "lm_head.weight"}, lambda model: not model.tied),
 )
 
 _NORMS = (
-    Row("self_attention.linear_qkv.layer_norm_weight", {"norm": "input_layernorm.weight"}),
-    Row("mlp.linear_fc1.layer_norm_weight", {"norm": "post_attention_layernorm.weight"}),
+    TensorRow("self_attention.linear_qkv.layer_norm_weight", {"norm": "input_layernorm.weight"}),
+    TensorRow("mlp.linear_fc1.layer_norm_weight", {"norm": "post_attention_layernorm.weight"}),
 )
-_QKV = Row(
+_QKV = TensorRow(
     "self_attention.linear_qkv.weight",
     {
         "q": "self_attn.q_proj.weight",
@@ -63,27 +63,29 @@ _QKV = Row(
         "v": "self_attn.v_proj.weight",
     },
 )
-_QKV_BIAS = Row(
+_QKV_BIAS = TensorRow(
     "self_attention.linear_qkv.bias",
     {"q": "self_attn.q_proj.bias", "k": "self_attn.k_proj.bias", "v": "self_attn.v_proj.bias"},
     lambda model: model.qkv_bias,
 )
 _QK_NORM = (
-    Row(
+    TensorRow(
         "self_attention.q_layernorm.weight",
         {"head_norm": "self_attn.q_norm.weight"},
         lambda model: model.qk_norm,
     ),
-    Row(
+    TensorRow(
         "self_attention.k_layernorm.weight",
         {"head_norm": "self_attn.k_norm.weight"},
         lambda model: model.qk_norm,
     ),
 )
-_OUTPUT = Row("self_attention.linear_proj.weight", {"o": "self_attn.o_proj.weight"})
+_OUTPUT = TensorRow("self_attention.linear_proj.weight", {"o": "self_attn.o_proj.weight"})
 _MLP = (
-    Row("mlp.linear_fc1.weight", {"gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight"}),
-    Row("mlp.linear_fc2.weight", {"down": "mlp.down_proj.weight"}),
+    TensorRow(
+        "mlp.linear_fc1.weight", {"gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight"}
+    ),
+    TensorRow("mlp.linear_fc2.weight", {"down": "mlp.down_proj.weight"}),
 )
 _DENSE = (*_NORMS, _QKV, _QKV_BIAS, *_QK_NORM, _OUTPUT, *_MLP)
 
@@ -96,18 +98,18 @@ class Family:
         model_type: `model_type` in config.json.
         class_name: its causal language model in `transformers`.
         layer_rows: tensors of a layer.
-        layer_prefix: what Hugging Face puts before them; `{}` is the layer's number.
+        layer_prefix: their prefix in Hugging Face; `{}` is the layer's number.
         qkv_bias: whether q, k and v have biases.
-        qk_norm: whether heads of q and k are normalised.
-        windowed: whether `sliding_window` in its config.json speaks of every layer.
-        head_dim: whether its config.json can name the width of a head.
-        required: settings of config.json that Megatron's model has no other value for.
-        ignored: tensors that old checkpoints carry and nobody reads.
+        qk_norm: whether heads of q and k are normalized.
+        windowed: whether `sliding_window` in its config.json applies to every layer.
+        head_dim: whether its config.json can set the width of a head.
+        required: the only values of these config.json settings that Megatron's model supports.
+        ignored: suffixes of unused tensors in old checkpoints.
     """
 
     model_type: str
     class_name: str
-    layer_rows: tuple[Row, ...] = _DENSE
+    layer_rows: tuple[TensorRow, ...] = _DENSE
     layer_prefix: str = "model.layers.{}."
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -117,7 +119,7 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-# The first that a Megatron model fits is the one it is written as.
+# A Megatron model is written as the first family that fits it.
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
@@ -142,20 +144,19 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_named(model_type: str) -> Family:
-    """The family of that `model_type`.
+    """The family with this `model_type`.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [family for family in FAMILIES if family.model_type == model_type]
-    if not found:
-        raise user_error(
-            "no table for this architecture",
-            got=f"model_type {model_type!r}",
-            allowed=", ".join(family.model_type for family in FAMILIES),
-            remedy="a new family is a row in megatron_llr/tools/convert/model_families.py",
+    matching = [family for family in FAMILIES if family.model_type == model_type]
+    if not matching:
+        raise input_error(
+            f"Models with model_type {model_type!r} cannot be converted. Supported are "
+            f"{', '.join(family.model_type for family in FAMILIES)}. To add a family, add a row to "
+            "FAMILIES in megatron_llr/tools/convert/model_families.py."
         )
-    return found[0]
+    return matching[0]
 
 
 def fits(family: Family, model: Architecture) -> bool:
@@ -173,14 +174,15 @@ def family_for(model: Architecture) -> Family:
     Raises:
         ValueError: if there is none.
     """
-    found = [family for family in FAMILIES if fits(family, model)]
-    if not found:
-        raise user_error(
-            "no Hugging Face family has this combination of features",
-            got=f"qkv bias {model.qkv_bias}, q/k norm {model.qk_norm}, window {model.window}",
-            allowed="; ".join(
-                f"{f.model_type}: qkv bias {f.qkv_bias}, q/k norm {f.qk_norm}" for f in FAMILIES
-            ),
-            remedy="a new family is a row in megatron_llr/tools/convert/model_families.py",
+    matching = [family for family in FAMILIES if fits(family, model)]
+    if not matching:
+        supported = "; ".join(
+            f"{f.model_type}: qkv bias {f.qkv_bias}, q/k norm {f.qk_norm}" for f in FAMILIES
         )
-    return found[0]
+        raise input_error(
+            "No Hugging Face family has this combination of features: "
+            f"qkv bias {model.qkv_bias}, q/k norm {model.qk_norm}, window {model.window}. "
+            f"Supported are {supported}. To add a family, add a row to FAMILIES in "
+            "megatron_llr/tools/convert/model_families.py."
+        )
+    return matching[0]

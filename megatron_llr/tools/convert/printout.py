@@ -1,10 +1,12 @@
-"""The table that ends a conversion: what went where."""
+"""The table that a conversion prints at the end: which tensor was written where."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 
+from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.convert.links import Link
 
 _NUMBER = re.compile(r"\.\d+\.")
@@ -16,7 +18,7 @@ class Report:
 
     Attributes:
         links: tensors, in order.
-        notes: lines on what was left behind, carried over, padded.
+        notes: lines about what was not converted, copied and padded.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -29,37 +31,32 @@ class Report:
 
     def lines(self, *, to_megatron: bool) -> Iterable[str]:
         """The table: one line for each kind of tensor, with its shape and count, then the notes."""
-        kinds: dict[tuple[str, str, str], int] = {}
+        kinds: Counter[tuple[str, str, str]] = Counter()
         for link in self.links:
-            theirs = _together([_short(part.name) for part in link.parts])
-            shape = " x ".join(map(str, link.shape))
-            key = (theirs, link.key, shape)
-            kinds[key] = kinds.get(key, 0) + 1
-        rows = [("Hugging Face", "Megatron", "shape there", "count")]
-        rows += [
-            (theirs, ours, shape, str(count)) for (theirs, ours, shape), count in kinds.items()
+            hugging_face = _braced([_short(part.name) for part in link.parts])
+            names = (hugging_face, link.key) if to_megatron else (link.key, hugging_face)
+            kinds[*names, " x ".join(map(str, link.shape))] += 1
+        sides = ("Hugging Face", "Megatron") if to_megatron else ("Megatron", "Hugging Face")
+        width = max(len(source) for source, _, _ in [*kinds, (*sides, "")])
+        rows = [
+            (f"{source:<{width}} -> {target}", shape, count)
+            for (source, target, shape), count in kinds.items()
         ]
-        if not to_megatron:
-            rows = [(ours, theirs, shape, count) for theirs, ours, shape, count in rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        for row in rows:
-            first, second, shape, count = (
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            yield f"{first} -> {second}  {shape}  {count}".rstrip()
+        header = (f"{sides[0]:<{width}} -> {sides[1]}", "Megatron shape", "count")
+        yield from text_table(header, rows).splitlines()
         yield from self.notes
 
 
-def _together(names: Sequence[str]) -> str:
+def _braced(names: Sequence[str]) -> str:
     """`self_attn.{q,k,v}_proj.weight` for three names that differ in one run of letters."""
     if len(names) == 1:
         return names[0]
-    # Letter by letter is meant.
+    # Common prefix of the strings, not of their path components.
     head = commonprefix(names)  # noqa: RUF071
     tail = commonprefix([name[::-1] for name in names])[::-1]  # noqa: RUF071
     return head + "{" + ",".join(name[len(head) : -len(tail)] for name in names) + "}" + tail
 
 
 def _short(name: str) -> str:
-    """A tensor's name without what all layers share."""
+    """A tensor's name without the prefix that all layers share."""
     return _NUMBER.split(name, maxsplit=1)[-1]

@@ -1,7 +1,7 @@
 """Read Megatron's torch_dist checkpoints one tensor at a time, without ranks.
 
-They are PyTorch distributed checkpoints (torch.distributed.checkpoint); a planner of our own lets
-their reader fetch one layer after the other, whatever layout wrote them.
+They are PyTorch distributed checkpoints (torch.distributed.checkpoint). A custom planner makes
+their reader load one layer at a time, independent of the layout that wrote them.
 """
 
 import io
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.convert.links import LAYER_PREFIX
 from megatron_llr.tools.convert.options import BACKEND, TRACKER
 from megatron_llr.tools.convert.settings import read_json
@@ -26,65 +26,60 @@ def _named(iteration: str) -> str:
 
 
 def _last(tracker: Path) -> str:
-    """What the tracker file says; iteration 0 without one."""
+    """The iteration in the tracker file; 0 without a file."""
     if not tracker.exists():
         return "0"
-    said = tracker.read_text(errors="replace").strip()
-    if said != "release" and not (said.isascii() and said.isdigit()):
-        raise user_error(
-            f"cannot read {tracker}",
-            got=repr(said[:40]),
-            allowed="the number of an iteration, or release",
-            remedy="name a checkpoint with --iteration",
+    iteration = tracker.read_text(errors="replace").strip()
+    if iteration != "release" and not (iteration.isascii() and iteration.isdigit()):
+        raise input_error(
+            f"{tracker} contains {iteration[:40]!r}. It must contain the number of an iteration, "
+            "or release. Choose a checkpoint with --iteration."
         )
-    return said
+    return iteration
 
 
 def iteration_folder(root: Path, iteration: str | None = None) -> Path:
-    """The folder of one checkpoint: of `root/iter_0000100`, `root/release`, or `root` itself.
+    """The folder of one checkpoint: `root/iter_0000100`, `root/release`, or `root` itself.
 
     Args:
-        root: what Megatron's `--save` named, or a folder of one iteration.
-        iteration: a number or `release`; by default the one that the tracker file names.
+        root: the folder given to Megatron's `--save`, or the folder of one iteration.
+        iteration: a number or `release`; by default the one in the tracker file.
 
     Raises:
-        ValueError: if there is none, it is not of the torch_dist format, or root is the folder of
-            another iteration.
+        ValueError: if there is none, it does not have the torch_dist format, or root is the folder
+            of another iteration.
     """
     folder = root
     if not (root / BACKEND).exists():
         folder = root / _named(iteration or _last(root / TRACKER))
     elif iteration is not None and root.resolve().name != _named(iteration):
-        raise user_error(
-            f"{root} is the folder of one checkpoint",
-            got=f"--iteration {iteration}",
-            allowed=f"the folder above it, with --iteration; or {root} alone",
-            remedy="leave --iteration out, or name the folder that --save named",
+        raise input_error(
+            f"{root} is the folder of one checkpoint, and not that of --iteration {iteration}. "
+            "Omit --iteration, or give the folder above it, which was given to --save."
         )
     saved = folder / BACKEND
     backend = read_json(saved).get("sharded_backend") if saved.exists() else None
     if backend != "torch_dist":
-        raise user_error(
-            f"no Megatron checkpoint in {folder}",
-            got=f"{BACKEND} says {backend}" if backend else f"no {BACKEND}",
-            allowed="a whole checkpoint saved with --ckpt-format torch_dist",
-            remedy="name the folder that --save named; --iteration takes one that is not the last",
+        format_found = f"{BACKEND} has the format {backend}" if backend else f"no {BACKEND}"
+        raise input_error(
+            f"There is no complete torch_dist checkpoint in {folder}: {format_found}. It must be "
+            "saved with --ckpt-format torch_dist. Give the folder that was given to --save; "
+            "--iteration selects a checkpoint other than the last."
         )
     return folder
 
 
 def unreadable(what: str, broken: BaseException) -> ValueError:
-    """The error of a checkpoint that is damaged."""
-    return user_error(
-        f"cannot read {what}",
-        got=f"{type(broken).__name__}: {str(broken).splitlines()[-1] if str(broken) else ''}",
-        allowed="a whole torch_dist checkpoint",
-        remedy="copy it anew, or take an earlier one with --iteration",
+    """The error of a damaged checkpoint."""
+    reason = str(broken).splitlines()[-1] if str(broken) else ""
+    return input_error(
+        f"Cannot read {what}: {type(broken).__name__}: {reason}. It must be a complete torch_dist "
+        "checkpoint. Copy it again, or choose an earlier one with --iteration."
     )
 
 
 class _Fetch(LoadPlanner):
-    """Copies the pieces of one read into one tensor."""
+    """Copies the items of one read into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target
@@ -102,7 +97,7 @@ class _Fetch(LoadPlanner):
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("no bytes are asked for")
+        raise AssertionError("no bytes are requested")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         place = zip(read_item.dest_offsets, read_item.lengths, strict=True)
@@ -126,7 +121,7 @@ class TorchDistReader:
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def _check_files(self) -> None:
-        """Every file that the index names is there, as long as its last piece needs."""
+        """Check that every file in the index exists and is long enough for its last tensor."""
         ends: dict[str, int] = {}
         for piece in self._metadata.storage_data.values():
             end = piece.offset + piece.length
@@ -135,25 +130,24 @@ class TorchDistReader:
             path = self.folder / name
             size = path.stat().st_size if path.exists() else None
             if size is None or size < end:
-                raise user_error(
-                    f"{path} is " + ("missing" if size is None else "cut short"),
-                    got="no file" if size is None else f"{size} bytes",
-                    allowed=f"{end} bytes",
-                    remedy="copy it anew, or take an earlier checkpoint with --iteration",
+                problem = "is missing" if size is None else f"is truncated to {size} bytes"
+                raise input_error(
+                    f"{path} {problem}. It must have {end} bytes. Copy it again, or choose an "
+                    "earlier checkpoint with --iteration."
                 )
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of every tensor, optimizer included."""
-        found = self._metadata.state_dict_metadata.items()
-        return {k: tuple(v.size) for k, v in found if isinstance(v, TensorStorageMetadata)}
+        entries = self._metadata.state_dict_metadata.items()
+        return {k: tuple(v.size) for k, v in entries if isinstance(v, TensorStorageMetadata)}
 
     def dtype(self, key: str, layer: int | None) -> torch.dtype:
         """Dtype of one layer's tensor, without reading it."""
         return self._saved(self._place(key, layer)[0]).properties.dtype
 
     def _place(self, key: str, layer: int | None) -> tuple[str, int | None]:
-        """Key and index in the checkpoint: layers are stacked, or stored one by one."""
+        """Key and index in the checkpoint: layers are stacked or stored separately."""
         if layer is None or not key.startswith(LAYER_PREFIX):
             return key, None
         single = f"{LAYER_PREFIX}{layer}.{key.removeprefix(LAYER_PREFIX)}"
@@ -162,15 +156,14 @@ class TorchDistReader:
         return key, layer
 
     def _saved(self, key: str) -> TensorStorageMetadata:
-        found = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(found, TensorStorageMetadata):
-            raise user_error(
-                f"{self.folder} lacks a tensor of the model",
-                got=f"no {key}",
-                allowed="the tensors of a dense GPT model with SwiGLU and RMSNorm",
-                remedy="mixtures of experts, MLA and hybrid models cannot be converted yet",
+        saved = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(saved, TensorStorageMetadata):
+            raise input_error(
+                f"{self.folder} has no tensor {key}. It must have the tensors of a dense GPT model "
+                "with SwiGLU and RMSNorm: mixtures of experts, MLA and hybrid models cannot be "
+                "converted."
             )
-        return found
+        return saved
 
     def shape(self, key: str, layer: int | None) -> tuple[int, ...]:
         """Shape of one layer's tensor, without reading it."""
@@ -179,12 +172,12 @@ class TorchDistReader:
         return size if index is None else size[1:]
 
     def layers(self, key: str) -> int:
-        """Length of a stack of layers, or 1 where they are stored one by one."""
+        """Number of stacked layers, or 1 if layers are stored separately."""
         saved = self._metadata.state_dict_metadata.get(key)
         return int(saved.size[0]) if isinstance(saved, TensorStorageMetadata) else 1
 
     def read(self, key: str, layer: int | None) -> torch.Tensor:
-        """One layer's tensor, whole, in the dtype that it was saved in."""
+        """One layer's full tensor, in its saved dtype."""
         place, index = self._place(key, layer)
         saved = self._saved(place)
         size, offsets = list(saved.size), [0] * len(saved.size)

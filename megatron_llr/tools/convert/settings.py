@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.convert.architecture import SHARED, Architecture, rope_of, rope_parameters
 from megatron_llr.tools.convert.model_families import Family, family_named, fits
 
-# Args of a Megatron model that Hugging Face's families have no other value for.
+# The only values of these Megatron args that Hugging Face's families support.
 _MEGATRON_REQUIRED: Mapping[str, Any] = {
     "position_embedding_type": "rope",
     "swiglu": True,
@@ -39,31 +39,28 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: if the file is missing or holds something else.
+        ValueError: if the file is missing or is not a JSON object.
     """
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
             raise TypeError
     except (OSError, ValueError, TypeError) as broken:
-        raise user_error(
-            f"cannot read {path}",
-            got=str(broken) or "not a JSON object",
-            allowed="a JSON object",
-            remedy="copy the folder anew",
+        raise input_error(
+            f"Cannot read {path}: {str(broken) or 'not a JSON object'}. It must be a JSON object. "
+            "Copy the folder again."
         ) from broken
-    return found
+    return document
 
 
 def _require(settings: Any, required: Mapping[str, Any], where: str) -> None:
     for name, wanted in required.items():
-        found = getattr(settings, name, wanted)
-        if found != wanted:
-            raise user_error(
-                f"{where} has a setting that the other side cannot express",
-                got=f"{name} = {found!r}",
-                allowed=f"{name} = {wanted!r}",
-                remedy="no flag mends this: the converted model would be another function",
+        value = getattr(settings, name, wanted)
+        if value != wanted:
+            raise input_error(
+                f"{where} has {name} = {value!r}, which the other format cannot express: it must "
+                f"be {name} = {wanted!r}. This model cannot be converted: it would compute a "
+                "different function."
             )
 
 
@@ -75,28 +72,24 @@ def from_config(path: Path) -> tuple[Family, Architecture]:
     """
     raw = read_json(path)
     family = family_named(str(raw.get("model_type")))
-    # transformers knows what a config.json of any age leaves out.
+    # transformers fills in the settings that older config.json files omit.
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
     except Exception as broken:
-        raise user_error(
-            f"transformers cannot read {path}",
-            got=f"{type(broken).__name__}: {broken}",
-            allowed="a config.json of the family that it names",
-            remedy="copy the folder anew",
+        raise input_error(
+            f"transformers cannot read {path}: {type(broken).__name__}: {broken}. It must be a "
+            f"valid config.json of model_type {family.model_type}. Copy the folder again."
         ) from broken
     _require(config, family.required, str(path))
     rope = getattr(config, "rope_parameters", None)
     if rope is None:  # transformers before 5
         rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     if float(rope["rope_theta"]) != int(rope["rope_theta"]):
-        raise user_error(
-            "Megatron's --rotary-base takes whole numbers",
-            got=rope["rope_theta"],
-            allowed="a whole rope_theta",
-            remedy="no flag mends this",
+        raise input_error(
+            f"{path} has rope_theta = {rope['rope_theta']}. It must be a whole number for "
+            "Megatron's --rotary-base. This model cannot be converted."
         )
     shared = {ours: getattr(config, theirs) for ours, theirs, _ in SHARED if ours != "channels"}
     return family, Architecture(
@@ -113,12 +106,12 @@ def from_config(path: Path) -> tuple[Family, Architecture]:
 
 
 def to_config(family: Family, model: Architecture, dtype: str) -> dict[str, Any]:
-    """A config.json, in the dialect that transformers of any age reads.
+    """A config.json that old and new versions of transformers can read.
 
     Args:
-        family: one that fits the model.
+        family: a family that fits the model.
         model: the architecture.
-        dtype: of the weights, as `float32`.
+        dtype: of the weights, such as `float32`.
     """
     assert fits(family, model), (family.model_type, model)
     config: dict[str, Any] = {
@@ -147,9 +140,9 @@ def from_args(args: Any, vocab: int) -> Architecture:
         vocab: rows of the embedding to keep.
 
     Raises:
-        ValueError: for a setting that no Hugging Face family here can express.
+        ValueError: for a setting that no supported Hugging Face family can express.
     """
-    _require(args, _MEGATRON_REQUIRED, "the Megatron checkpoint")
+    _require(args, _MEGATRON_REQUIRED, "The Megatron checkpoint")
     shared = {ours: getattr(args, theirs) for ours, _, theirs in SHARED if ours != "groups"}
     grouped = bool(args.group_query_attention)
     window = getattr(args, "window_size", None)
@@ -167,7 +160,7 @@ def from_args(args: Any, vocab: int) -> Architecture:
 
 
 def to_args(model: Architecture, padded_vocab: int) -> dict[str, Any]:
-    """The args that a Megatron checkpoint of the model carries, for `--use-checkpoint-args`."""
+    """The args in a Megatron checkpoint of the model, for `--use-checkpoint-args`."""
     return {
         **_MEGATRON_REQUIRED,
         **{theirs: getattr(model, ours) for ours, _, theirs in SHARED},
@@ -197,8 +190,8 @@ def to_flags(model: Architecture, padded_vocab: int) -> list[str]:
 
     Args:
         model: the architecture.
-        padded_vocab: rows of the embedding. Left to itself Megatron pads the tokenizer's size, and
-            drops rows that the model has beyond that.
+        padded_vocab: rows of the embedding. Without this flag Megatron pads the tokenizer's size
+            and drops any further rows of the model.
     """
     flags = [
         f"--num-layers {model.layers}",

@@ -1,7 +1,7 @@
 """Write a Megatron torch_dist checkpoint one tensor at a time, without ranks.
 
-It is a PyTorch distributed checkpoint (torch.distributed.checkpoint); a planner of our own makes
-each tensor when the writer asks for it. Megatron reads the result at any layout.
+It is a PyTorch distributed checkpoint (torch.distributed.checkpoint). A custom planner makes each
+tensor when the writer needs it. Megatron can load the result in any layout.
 """
 
 import io
@@ -32,20 +32,20 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_llr.output import cannot_write
 from megatron_llr.tools.convert.options import BACKEND
-from megatron_llr.tools.output import cannot_write
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is written under one key: one layer of a stack, or the whole tensor.
+class SavedTensor:
+    """A tensor written under one key: one layer of a stack, or the full tensor.
 
     Attributes:
         key: in the checkpoint.
         layer: index in the stack, or None.
-        shape: of the piece.
+        shape: of the tensor, without the stack.
         layers: length of the stack.
-        dtype: of the piece, the same along a stack.
+        dtype: of the tensor, the same for all layers of a stack.
     """
 
     key: str
@@ -56,15 +56,15 @@ class Piece:
 
 
 class _Stream(SavePlanner):
-    """Makes every tensor when the writer asks for it, and lets it go afterwards."""
+    """Makes every tensor when the writer needs it, and releases it afterwards."""
 
     def __init__(
         self,
-        pieces: Mapping[MetadataIndex, Piece],
-        make: Callable[[Piece], torch.Tensor],
+        tensors: Mapping[MetadataIndex, SavedTensor],
+        make: Callable[[SavedTensor], torch.Tensor],
         objects: Mapping[str, Any],
     ) -> None:
-        self.pieces = pieces
+        self.tensors = tensors
         self.make = make
         self.objects = objects
 
@@ -74,22 +74,22 @@ class _Stream(SavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """What there is to save is given."""
+        """Nothing to set up: the tensors are given."""
 
     def create_local_plan(self) -> SavePlan:
         items = [
             WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self.objects
         ]
-        for index, piece in self.pieces.items():
-            stack, offset = ((), ()) if piece.layer is None else ((piece.layers,), (piece.layer,))
-            sizes = (*((1,) * len(stack)), *piece.shape)
+        for index, entry in self.tensors.items():
+            stack, offset = ((), ()) if entry.layer is None else ((entry.layers,), (entry.layer,))
+            sizes = (*((1,) * len(stack)), *entry.shape)
             chunk = ChunkStorageMetadata(
-                torch.Size((*offset, *((0,) * len(piece.shape)))), torch.Size(sizes)
+                torch.Size((*offset, *((0,) * len(entry.shape)))), torch.Size(sizes)
             )
             data = TensorWriteData(
                 chunk=chunk,
-                properties=TensorProperties(dtype=piece.dtype),
-                size=torch.Size((*stack, *piece.shape)),
+                properties=TensorProperties(dtype=entry.dtype),
+                size=torch.Size((*stack, *entry.shape)),
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items)
@@ -107,32 +107,32 @@ class _Stream(SavePlanner):
             torch.save([self.objects[write_item.index.fqn]], stream)
             stream.seek(0)
             return stream
-        piece = self.pieces[write_item.index]
-        tensor = self.make(piece).contiguous()
-        assert tuple(tensor.shape) == piece.shape, (piece, tensor.shape)
-        assert tensor.dtype == piece.dtype, (piece, tensor.dtype)
-        return tensor if piece.layer is None else tensor.unsqueeze(0)
+        entry = self.tensors[write_item.index]
+        tensor = self.make(entry).contiguous()
+        assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
+        assert tensor.dtype == entry.dtype, (entry, tensor.dtype)
+        return tensor if entry.layer is None else tensor.unsqueeze(0)
 
 
 def write_torch_dist(
     folder: Path,
-    pieces: list[Piece],
-    make: Callable[[Piece], torch.Tensor],
+    tensors: list[SavedTensor],
+    make: Callable[[SavedTensor], torch.Tensor],
     objects: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint of Megatron's torch_dist format.
 
     Args:
-        folder: exists, and is empty.
-        pieces: what to write, in order.
-        make: gives a piece's tensor; called once for each, one after the other.
-        objects: key -> plain Python object, `common_state` among them.
+        folder: an existing empty folder.
+        tensors: the tensors to write, in order.
+        make: makes one tensor; called once for each, in sequence.
+        objects: key -> plain Python object, including `common_state`.
     """
-    placed: dict[MetadataIndex, Piece] = {}
-    for piece in pieces:
-        inside = (0,) * len(piece.shape)
-        offset = inside if piece.layer is None else (piece.layer, *inside)
-        placed[MetadataIndex(piece.key, torch.Size(offset))] = piece
+    placed: dict[MetadataIndex, SavedTensor] = {}
+    for entry in tensors:
+        inside = (0,) * len(entry.shape)
+        offset = inside if entry.layer is None else (entry.layer, *inside)
+        placed[MetadataIndex(entry.key, torch.Size(offset))] = entry
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -143,7 +143,7 @@ def write_torch_dist(
                 no_dist=True,
             )
     except CheckpointException as failed:
-        # What went wrong, rather than a list of ranks. PyTorch calls a full disk
+        # Raise the cause instead of a list of ranks. For a full disk PyTorch reports
         # "unexpected pos".
         cause, _ = next(iter(failed.failures.values()))
         if isinstance(cause, OSError | RuntimeError):

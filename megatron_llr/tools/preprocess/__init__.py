@@ -1,1 +1,1 @@
-"""Text into Megatron's indexed datasets."""
+"""Converts text to Megatron's indexed datasets."""

@@ -4,21 +4,20 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 import warnings
 
 from megatron_llr.tools.preprocess.sources import DOCUMENTS, FORMATS, expand
 from megatron_llr.tools.preprocess.tokenizing import Tokenizer
 
-_DESCRIPTION = "Turn text into the .bin and .idx pair that Megatron's --data-path reads."
+_DESCRIPTION = "Convert text to the .bin and .idx files that Megatron's --data-path reads."
 _EXAMPLE = """example:
   python tools/preprocess_data.py 'corpus/*.jsonl.gz' --output data/corpus \\
       --tokenizer my/tokenizer --workers 16"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags, without those of training."""
+    """The flags of this tool."""
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py",
         usage="%(prog)s FILE... --output PREFIX [options]",
@@ -30,8 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="files or 'patterns'; .gz is decompressed")
-    add("--output", required=True, metavar="PREFIX", help="path of the pair without suffix")
-    add("--tokenizer", metavar="NAME", help="folder or Hub name (transformers); without: bytes")
+    add(
+        "--output",
+        required=True,
+        metavar="PREFIX",
+        help="path of the .bin and .idx files without suffix",
+    )
+    add("--tokenizer", metavar="NAME", help="folder or Hub name (default: one token per byte)")
     add("--json-key", default="text", metavar="KEY", help="key of the text in JSON lines (text)")
     add("--format", choices=FORMATS, default="auto", help="auto: JSON lines if named .jsonl, .json")
     add("--documents", choices=DOCUMENTS, default="file", help="a document of plain text (file)")
@@ -42,37 +46,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="end each document with the end-of-document token (yes)",
     )
     add("--workers", type=int, default=1, metavar="N", help="processes that tokenize (1)")
-    add("--overwrite", action="store_true", help="replace a pair that is there")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
     return parser
 
 
 def _import_megatron() -> None:
-    """Import megatron without what it says there about fused kernels and its reader's notes."""
+    """Import megatron without its messages about fused kernels and index files."""
     from megatron_llr.megatron import launch
 
-    # Nothing is computed here that a GPU would help with.
+    # This tool does not need a GPU.
     with warnings.catch_warnings(record=True):
         launch.prepare_device(["--llr-device", "cpu"])
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     logging.getLogger(IndexedDataset.__module__).setLevel(logging.WARNING)
-    # Its logger asks which rank this is, and warns that this is none.
+    # Without RANK Megatron's logger warns about a missing rank.
     os.environ.setdefault("RANK", "0")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Preprocess, then say what was written and how to train on it.
+    """Preprocess, then print what was written and the flags to train on it.
 
     Returns:
-        The exit code: 0, 1 after an error, 130 and 143 when stopped by Ctrl-C and SIGTERM.
+        The exit code: 0, or 1 after an error.
     """
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    # So that what is half-written is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
+    given = build_parser().parse_args(arguments)
     tokenizer = Tokenizer(given.tokenizer, given.append_eod)
     try:
-        expand(given.files)  # again below; a wrong path is told before megatron's slow import
+        expand(given.files)  # also below; reports a wrong path before megatron's slow import
         _import_megatron()
         from megatron_llr.tools.preprocess.preprocess import Options, preprocess
 
@@ -90,13 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; nothing was written", file=sys.stderr)
-        return 130
     print(
-        f"{given.output}: {done.documents:,} documents ({done.empty:,} empty ones left out), "
+        f"{given.output}: {done.documents:,} documents ({done.empty:,} empty documents skipped), "
         f"{done.tokens:,} tokens, {done.bytes:,} bytes in {done.seconds:.1f} s "
-        f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); read back: equal"
+        f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); verified by reading back"
     )
     path = shlex.quote(given.output)
     print(f"train on it with: --data-path {path} {tokenizer.training_flags}")

@@ -1,4 +1,4 @@
-"""Megatron's `.bin` and `.idx` pair, written whole or not at all, and read back."""
+"""Megatron's `.bin` and `.idx` files, written completely or not at all, and verified."""
 
 import contextlib
 import os
@@ -12,41 +12,39 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 _READ_BYTES = 1 << 24
 
 
 class PairWriter:
-    """Write documents beside their place; `with` ends in a whole, checked pair, or in none.
+    """Writes documents to temporary files; leaving the `with` block verifies and renames them.
 
-    A pair in its place is whole at every moment, also if this process is killed: the old index goes
-    first, the new one comes last, and Megatron reads nothing without an index.
+    If the block fails, the temporary files are removed. An existing dataset is never inconsistent,
+    even if this process is killed: the old index is removed first, and the new one is renamed last.
+    Megatron reads nothing without an index.
 
     Args:
-        prefix: path of the pair without suffix, as for Megatron's `--data-path`.
-        vocab_size: number of token ids; up to 65499 fit two bytes a token, as Megatron decides.
-        overwrite: whether a pair that is there may be replaced.
+        prefix: path of the dataset without suffix, as for Megatron's `--data-path`.
+        vocab_size: number of token ids; below 65500 Megatron stores two bytes per token.
+        overwrite: whether an existing dataset may be replaced.
 
     Attributes:
-        documents: written so far.
-        tokens: written so far, ends of documents included.
+        documents: number written so far.
+        tokens: number written so far, including end-of-document tokens.
 
     Raises:
-        ValueError: if the prefix is a folder's, there is a pair already, or the files cannot be
-            written.
+        ValueError: if the prefix is a folder, the dataset exists, or the files cannot be written.
     """
 
     def __init__(
         self, prefix: str | os.PathLike[str], vocab_size: int, *, overwrite: bool = False
     ) -> None:
-        # `Path` drops a slash at the end: the pair would lie beside the folder.
+        # `Path` drops a trailing slash: the files would be written next to the folder.
         if os.path.basename(prefix) in ("", ".", ".."):
-            raise user_error(
-                "the output has no name",
-                got=os.fspath(prefix) or "nothing",
-                allowed="the path of the pair without suffix, such as data/corpus",
-                remedy="add a name to --output",
+            raise input_error(
+                f"The output {os.fspath(prefix) or repr('')} has no file name. It must be the path "
+                "of the dataset without suffix, such as data/corpus. Add a name to --output."
             )
         self._target = Path(prefix)
         self._vocab_size = vocab_size
@@ -54,13 +52,11 @@ class PairWriter:
         self.tokens = 0
         self._checksum = 0
         self._builder: Any = None
-        there = [path for path in self._paths(self._target) if path.exists()]
-        if there and not overwrite:
-            raise user_error(
-                "the output is there already",
-                got=", ".join(map(str, there)),
-                allowed="a new path",
-                remedy="give another --output, or set --overwrite",
+        existing = [path for path in self._paths(self._target) if path.exists()]
+        if existing and not overwrite:
+            raise input_error(
+                f"The output already exists: {', '.join(map(str, existing))}. It must be a new "
+                "path. Choose another --output, or set --overwrite."
             )
         self._part = self._target.with_name(self._target.name + ".part")
         self.dtype = np.dtype(DType.optimal_dtype(vocab_size))
@@ -83,21 +79,20 @@ class PairWriter:
         """Append documents.
 
         Args:
-            ids: token ids of all of them, one after the other; any integer dtype.
-            lengths: tokens of each.
+            ids: concatenated token ids of all documents, of any integer dtype.
+            lengths: number of tokens of each document.
 
         Raises:
-            ValueError: if the files cannot be written, or an id is beyond the vocabulary.
+            ValueError: if the files cannot be written, or an id is outside the vocabulary.
         """
         assert len(ids) == sum(lengths)
         if len(ids):
             assert int(ids.min()) >= 0, "token ids start at 0"
             if (highest := int(ids.max())) >= self._vocab_size:
-                raise user_error(
-                    "a token id beyond the vocabulary",
-                    got=highest,
-                    allowed=f"0 to {self._vocab_size - 1}, as many as the vocabulary has entries",
-                    remedy="take another --tokenizer, or number this one's tokens without gaps",
+                raise input_error(
+                    f"The token id {highest} is outside the vocabulary of {self._vocab_size} "
+                    f"entries. It must be 0 to {self._vocab_size - 1}. Choose another --tokenizer, "
+                    "or number the tokens of this one without gaps."
                 )
         stored = ids.astype(self.dtype)
         start = 0
@@ -129,21 +124,19 @@ class PairWriter:
                 path.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        """Close the data file, which after a full disk cannot be flushed."""
+        """Close the data file, which cannot be flushed if the disk is full."""
         with contextlib.suppress(OSError):
             self._builder.data_file.close()
 
     def _finish(self, parts: list[Path]) -> None:
         if self.documents == 0:
-            raise user_error(
-                f"no text to write to {self._target}",
-                got="empty documents alone",
-                allowed="at least one with text",
-                remedy="look at the input files, and at --json-key",
+            raise input_error(
+                f"There is no text to write to {self._target}: all documents are empty. At least "
+                "one must have text. Check the input files and --json-key."
             )
         self._builder.finalize(str(parts[1]))
         for path in parts:
-            _to_disk(path)
+            _sync(path)
         self._read_back(parts)
         data, index = self._paths(self._target)
         index.unlink(missing_ok=True)
@@ -151,19 +144,19 @@ class PairWriter:
         os.replace(parts[1], index)
 
     def _read_back(self, parts: list[Path]) -> None:
-        """Compare the files with what was to be written, through Megatron's own reader.
+        """Compare the files with the added documents, using Megatron's reader.
 
-        Reads every byte once: cheap beside tokenizing.
+        It reads every byte once, which is cheap compared with tokenizing.
 
         Raises:
-            RuntimeError: if they differ, which a failing disk alone explains.
+            RuntimeError: if they differ, which only a failing disk explains.
         """
         dataset = IndexedDataset(str(self._part))
         checksum = 0
         with parts[0].open("rb") as file:
             while block := file.read(_READ_BYTES):
                 checksum = zlib.crc32(block, checksum)
-        found = (
+        written = (
             len(dataset.document_indices) - 1,
             int(dataset.sequence_lengths.sum(dtype=np.int64)),
             parts[0].stat().st_size,
@@ -171,21 +164,20 @@ class PairWriter:
         )
         size = self.tokens * self.dtype.itemsize
         expected = (self.documents, self.tokens, size, self._checksum)
-        if found != expected:
+        if written != expected:
             raise RuntimeError(
-                f"megatron_llr: {self._target} reads back as (documents, tokens, bytes, checksum) "
-                f"{found} where {expected} was written; nothing is left; check the disk"
+                f"megatron_llr: {self._target} has (documents, tokens, bytes, checksum) {written} "
+                f"when read back. It must have {expected}. The files were removed. Check the disk."
             )
 
     def _cannot_write(self, broken: OSError) -> ValueError:
-        return user_error(
-            f"cannot write {self._target}",
-            got=broken.strerror or str(broken),
-            allowed="a folder that can be written, with room for the tokens",
-            remedy="free some space or give another --output; nothing half-written is left",
+        return input_error(
+            f"Cannot write {self._target}: {broken.strerror or broken}. It must be in a writable "
+            "folder with space for the tokens. Free some space or choose another --output. The "
+            "partial output was removed."
         )
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

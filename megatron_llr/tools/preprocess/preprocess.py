@@ -1,17 +1,20 @@
-"""Text files into one dataset for `--data-path`, by several processes, in the files' order."""
+"""Converts text files to one dataset for `--data-path`, in order, with several processes."""
 
+import contextlib
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.preprocess.pair import PairWriter
 from megatron_llr.tools.preprocess.sources import (
     Chunk,
@@ -28,23 +31,23 @@ from megatron_llr.tools.preprocess.tokenizing import (
 )
 from megatron_llr.tools.progress import Progress
 
-# Chunks that wait for or at a worker; bounds what is held in memory.
+# Chunks submitted to the workers; bounds memory use.
 _CHUNKS_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to turn into tokens, and how.
+    """Inputs, output and settings.
 
     Attributes:
         inputs: files or glob patterns, in the order of the dataset.
-        output: path of the pair without suffix.
-        tokenizer: how text becomes tokens.
+        output: path of the dataset without suffix.
+        tokenizer: the tokenizer.
         json_key: key of the text in JSON lines.
-        form: what the files are, one of `sources.FORMATS`.
-        documents: what a document of plain text is, one of `sources.DOCUMENTS`.
-        workers: processes that tokenize.
-        overwrite: whether an existing pair may be replaced.
+        form: format of the files, one of `sources.FORMATS`.
+        documents: unit of a document in plain text, one of `sources.DOCUMENTS`.
+        workers: number of tokenizing processes.
+        overwrite: whether an existing dataset may be replaced.
     """
 
     inputs: tuple[str, ...]
@@ -59,7 +62,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: counts, bytes of the `.bin` file, seconds."""
+    """Counts, bytes of the `.bin` file, and seconds."""
 
     documents: int
     empty: int
@@ -69,21 +72,20 @@ class Summary:
 
 
 def preprocess(options: Options) -> Summary:
-    """Write the dataset; the pair is the same to the byte for any number of workers.
+    """Write the dataset. Its bytes do not depend on the number of workers.
 
     Raises:
-        ValueError: for input that cannot be read or an output that cannot be written; no pair is
-            left then.
-        RuntimeError: if the pair does not read back as it was written.
+        ValueError: if an input cannot be read or the output cannot be written; no output is left.
+        RuntimeError: if the written files differ when read back.
     """
     if options.workers < 1:
-        raise user_error("bad --workers", got=options.workers, allowed="from 1", remedy="set it")
+        raise input_error(f"--workers is {options.workers}. It must be at least 1.")
     began = time.monotonic()
     paths = expand(options.inputs)
     tokenizer = options.tokenizer
     vocab_size = tokenizer.vocab_size
     if tokenizer.append_eod:
-        _ = tokenizer.end_of_document  # an error now, not in a worker
+        _ = tokenizer.end_of_document  # raises here instead of in a worker
     writer = PairWriter(options.output, vocab_size, overwrite=options.overwrite)
     empty = 0
     with writer, Progress(total_bytes(paths)) as progress:
@@ -102,12 +104,27 @@ def _chunks(paths: list[str], options: Options) -> Iterator[Chunk]:
         yield from read_chunks(path, json_key=key, documents=options.documents)
 
 
+@contextlib.contextmanager
+def _terminal_signals_blocked() -> Iterator[None]:
+    """Processes started in here inherit the mask.
+
+    A terminal signals all processes; only the main process should handle that.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Tokens of every chunk, in the order of the chunks."""
+    """Tokens of every chunk, in order."""
     if workers == 1:
         yield from map(tokenizer.encode, chunks)
         return
-    # Spawned, not forked: a fork of a process with threads (torch has some) may hang.
+    with _terminal_signals_blocked():
+        resource_tracker.ensure_running()
+    # Spawned, not forked: forking a process with threads, such as torch's, can deadlock.
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -117,17 +134,16 @@ def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Ite
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(encode_in_worker, chunk))
+            with _terminal_signals_blocked():
+                waiting.append(pool.submit(encode_in_worker, chunk))
             if len(waiting) > _CHUNKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as broken:
-        raise user_error(
-            "a worker process was ended from outside",
-            got=str(broken),
-            allowed="workers that live to the end",
-            remedy="if memory ran out, set a smaller --workers",
+        raise input_error(
+            f"A worker process was killed: {broken} Workers must run to the end. If memory ran "
+            "out, set a smaller --workers."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Text files as chunks of raw documents in a fixed order: JSON lines or plain text, gzip or not."""
+"""Reads JSON lines or plain text, optionally gzipped, as chunks of raw documents in order."""
 
 import glob
 import gzip
@@ -12,37 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 FORMATS = ("auto", "jsonl", "text")
 DOCUMENTS = ("file", "paragraph", "line")
 
-# Documents travel to the workers in chunks of about this size: large enough that sending them costs
-# little, small enough that a few per worker fit in memory.
+# Approximate size of the chunks sent to workers: large enough to make sending cheap, small enough
+# for several per worker in memory.
 CHUNK_BYTES = 1 << 20
 
-# How files that are not text begin, and what makes text of them; as far as text cannot begin so.
+# First bytes of files that are not text, and what to do with them. Text cannot start like this.
 _NOT_TEXT = {
-    "gzip": (rb"\x1f\x8b\x08", "rename it to end in .gz"),
-    "bzip2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "decompress it first (bzip2 -d)"),
-    "xz": (rb"\xfd7zXZ\0", "decompress it first (xz -d)"),
-    "zstd": (rb"\x28\xb5\x2f\xfd", "decompress it first (zstd -d)"),
-    "Parquet": (rb"PAR1\x15", "write its texts as JSON lines first"),
+    "gzip": (rb"\x1f\x8b\x08", "Rename it to end in .gz"),
+    "bzip2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "Decompress it first (bzip2 -d)"),
+    "xz": (rb"\xfd7zXZ\0", "Decompress it first (xz -d)"),
+    "zstd": (rb"\x28\xb5\x2f\xfd", "Decompress it first (zstd -d)"),
+    "Parquet": (rb"PAR1\x15", "Write its texts as JSON lines first"),
 }
 
 Numbered = tuple[int, bytes]
-"""(number of its first line, from 1, raw bytes) of a document."""
+"""(number of its first line, starting at 1, and raw bytes) of a document."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Documents of one file, as they stand there.
+    """Unparsed documents of one file.
 
     Attributes:
         path: the file.
         json_key: key of the text in each JSON line; None for plain text.
-        documents: in the file's order.
-        read: bytes of the file (compressed ones, if it is) read since the chunk before.
+        documents: in the order of the file.
+        read: bytes of the file (before decompression) read since the previous chunk.
     """
 
     path: str
@@ -51,10 +51,10 @@ class Chunk:
     read: int
 
     def texts(self) -> list[bytes]:
-        """The text of every document, as UTF-8 where it comes from JSON.
+        """The text of every document, encoded as UTF-8 if it comes from JSON.
 
         Raises:
-            ValueError: naming file and line of one that has none.
+            ValueError: with file and line of a document without text.
         """
         if self.json_key is None:
             return [document for _, document in self.documents]
@@ -63,61 +63,56 @@ class Chunk:
     def _from_json(self, line: int, document: bytes) -> bytes:
         place, key = f"{self.path}:{line}", str(self.json_key)
         try:
-            found = json.loads(document)
+            value = json.loads(document)
         except ValueError as broken:
-            raise user_error(
-                f"{place} is not JSON",
-                got=str(broken),
-                allowed="one JSON object per line",
-                remedy="mend or drop the line, or set --format text",
+            raise input_error(
+                f"{place} is not JSON: {broken}. Each line must be one JSON object. Fix or remove "
+                "the line, or set --format text."
             ) from None
-        text = found.get(key) if isinstance(found, dict) else None
+        text = value.get(key) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            got = f"keys {', '.join(map(repr, found))}" if isinstance(found, dict) else repr(found)
-            if isinstance(found, dict) and key in found:
-                got = f"a value of type {type(text).__name__}"
-            raise user_error(
-                f"{place} has no text under the key {key!r}",
-                got=got[:200],
-                allowed=f'{{"{key}": "..."}}',
-                remedy="set --json-key",
+            content = repr(value)
+            if isinstance(value, dict):
+                content = f"the keys {', '.join(map(repr, value))}"
+                if key in value:
+                    content = f"a value of type {type(text).__name__}"
+            raise input_error(
+                f"{place} has no text with the key {key!r}: it has {content[:200]}. It must be "
+                "like "
+                f'{{"{key}": "..."}}. Set --json-key to the key of the text.'
             )
         try:
             return text.encode()
         except UnicodeEncodeError as broken:
-            raise user_error(
-                f"{place} has half a surrogate pair",
-                got=broken.reason,
-                allowed="text that UTF-8 can hold",
-                remedy="mend or drop the line",
+            raise input_error(
+                f"{place} has an unpaired surrogate: {broken.reason}. It must be text that can be "
+                "encoded as UTF-8. Fix or remove the line."
             ) from None
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that paths and glob patterns name; a pattern's own in alphabetical order.
+    """The files that match paths and glob patterns; those of a pattern in alphabetical order.
 
     Raises:
-        ValueError: if one names no readable file or one that is not text, or two name the same.
+        ValueError: if a pattern matches no readable file or a file that is not text, or a file is
+            matched twice.
     """
     paths: list[str] = []
     for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        files = [path for path in found if os.path.isfile(path)]
+        exists = os.path.exists(pattern)
+        matches = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+        files = [path for path in matches if os.path.isfile(path)]
         if not files:
-            raise user_error(
-                f"cannot read {pattern}",
-                got="a folder" if found else "no such file",
-                allowed="files, or patterns of files such as 'data/*.jsonl'",
-                remedy="correct the path",
+            raise input_error(
+                f"Cannot read {pattern}: {'it is a folder' if matches else 'no such file'}. FILE "
+                "must be a file, or a pattern of files such as 'data/*.jsonl'. Correct the path."
             )
         paths += files
     twice = {path for path in paths if paths.count(path) > 1}
     if twice:
-        raise user_error(
-            "an input is named twice",
-            got=", ".join(sorted(twice)),
-            allowed="each file once",
-            remedy="drop one of the patterns that name it",
+        raise input_error(
+            f"An input is given twice: {', '.join(sorted(twice))}. Each file may be given only "
+            "once. Remove one of the patterns that match it."
         )
     for path in paths:
         _check_is_text(path)
@@ -125,24 +120,22 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def _check_is_text(path: str) -> None:
-    """Refuse a file that would be taken for text byte by byte; gzip that is named .gz may pass."""
+    """Refuse binary files, which could be read as bytes of text; gzip named .gz is allowed."""
     try:
         with open(path, "rb") as file:
             start = file.read(16)
     except OSError as broken:
         raise _cannot_read(path, broken) from broken
-    for form, (beginning, remedy) in _NOT_TEXT.items():
-        if re.match(beginning, start) and not (form == "gzip" and path.endswith(".gz")):
-            raise user_error(
-                f"{path} is not text",
-                got=f"{form} by its first bytes",
-                allowed="JSON lines or plain text, also as gzip in a file named .gz",
-                remedy=remedy,
+    for form, (signature, remedy) in _NOT_TEXT.items():
+        if re.match(signature, start) and not (form == "gzip" and path.endswith(".gz")):
+            raise input_error(
+                f"{path} is not text: its first bytes are those of {form}. It must be JSON lines "
+                f"or plain text, optionally gzipped in a file named .gz. {remedy}."
             )
 
 
 def is_json_lines(path: str, form: str) -> bool:
-    """Whether a file is JSON lines: as `form` (one of FORMATS) says, or by its name."""
+    """Whether a file is JSON lines, by `form` (one of FORMATS) or by its name."""
     name = path.removesuffix(".gz")
     return form == "jsonl" or (form == "auto" and name.endswith((".jsonl", ".json")))
 
@@ -151,12 +144,12 @@ def read_chunks(path: str, *, json_key: str | None, documents: str) -> Iterator[
     """The documents of a file.
 
     Args:
-        path: the file; one that ends in .gz is decompressed.
+        path: the file; decompressed if it ends in .gz.
         json_key: key of the text in JSON lines; None for plain text.
-        documents: what a document of plain text is, one of DOCUMENTS.
+        documents: unit of a document in plain text, one of DOCUMENTS.
 
     Raises:
-        ValueError: if it cannot be read, or is not what its name says.
+        ValueError: if it cannot be read, or does not have the format of its name.
     """
     try:
         with open(path, "rb") as raw, _decompressed(path, raw) as file:
@@ -175,11 +168,10 @@ def read_chunks(path: str, *, json_key: str | None, documents: str) -> Iterator[
 
 
 def _cannot_read(path: str, broken: Exception) -> ValueError:
-    return user_error(
-        f"cannot read {path}",
-        got=getattr(broken, "strerror", None) or str(broken),
-        allowed="a readable file" + (", gzip as its name says" if path.endswith(".gz") else ""),
-        remedy="correct the path, its permissions, or the file",
+    kind = "a readable gzip file" if path.endswith(".gz") else "a readable file"
+    return input_error(
+        f"Cannot read {path}: {getattr(broken, 'strerror', None) or broken}. It must be {kind}. "
+        "Correct the path, its permissions or the file."
     )
 
 
@@ -188,19 +180,19 @@ def _decompressed(path: str, raw: BinaryIO) -> IO[bytes]:
 
 
 def total_bytes(paths: Iterable[str]) -> int:
-    """Bytes of all files together, as they lie on disk."""
+    """Total size of all files on disk."""
     return sum(Path(path).stat().st_size for path in paths)
 
 
 def _lines(file: IO[bytes]) -> Iterator[Numbered]:
-    """Lines that are not blank, without their ends."""
+    """Lines that are not blank, without line endings."""
     for number, line in enumerate(file, start=1):
         if line.strip():
             yield number, line.rstrip(b"\r\n")
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Numbered]:
-    """Stretches of lines between blank ones."""
+    """Runs of consecutive lines that are not blank."""
     numbered = enumerate(file, start=1)
     for blank, group in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
         if not blank:

@@ -1,4 +1,4 @@
-"""Text to token ids: byte level, or any tokenizer of `transformers`. Loaded by every worker."""
+"""Text to token ids: byte level, or any tokenizer of `transformers`. Imported by every worker."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.tools.preprocess.byte_level import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_llr.tools.preprocess.sources import Chunk
 
@@ -18,9 +18,9 @@ class Encoded:
     """Tokens of a chunk.
 
     Attributes:
-        ids: of all documents, one after the other.
-        lengths: tokens per document, its end included; empty documents are left out.
-        empty: number of documents left out.
+        ids: concatenated ids of all documents.
+        lengths: tokens per document, including its end token; without empty documents.
+        empty: number of empty documents, which are skipped.
         read: as in the chunk.
     """
 
@@ -32,7 +32,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer by its name, loaded where it is first used.
+    """A tokenizer, loaded on first use.
 
     Attributes:
         name: folder or Hub name of a `transformers` tokenizer; None for byte level.
@@ -48,12 +48,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
+        """Number of ids, including added tokens."""
         return VOCAB_SIZE if self.name is None else len(self._loaded)
 
     @cached_property
     def end_of_document(self) -> int:
-        """The id that ends a document; as Megatron reads it from a `transformers` tokenizer.
+        """The end-of-document id, chosen as Megatron does for a `transformers` tokenizer.
 
         Raises:
             ValueError: if the tokenizer has none.
@@ -61,28 +61,26 @@ class Tokenizer:
         if self.name is None:
             return END_OF_DOCUMENT
         ids = (self._loaded.eos_token_id, self._loaded.sep_token_id)
-        found = next((token for token in ids if token is not None), None)
-        if found is None:
-            raise user_error(
-                f"the tokenizer {self.name} has no token that ends a document",
-                got="neither eos_token nor sep_token",
-                allowed="one of them",
-                remedy="set --no-append-eod, or take another tokenizer",
+        eod = next((token for token in ids if token is not None), None)
+        if eod is None:
+            raise input_error(
+                f"The tokenizer {self.name} has no end-of-document token. It must have an "
+                "eos_token or a sep_token. Set --no-append-eod, or choose another --tokenizer."
             )
-        return int(found)
+        return int(eod)
 
     @property
     def training_flags(self) -> str:
-        """Megatron's flags that name this tokenizer, as a shell reads them."""
+        """Megatron's flags for this tokenizer, quoted for a shell."""
         if self.name is None:
             return f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"
         return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(self.name)}"
 
     def encode(self, chunk: Chunk) -> Encoded:
-        """Tokens of every document of a chunk, special tokens of the tokenizer's own included.
+        """Tokens of every document of a chunk, including the tokenizer's special tokens.
 
         Raises:
-            ValueError: naming file and line of a document that is no text.
+            ValueError: with file and line of a document that is not text.
         """
         texts = [text for text in chunk.texts() if text]
         if self.name is None:
@@ -93,7 +91,7 @@ class Tokenizer:
         for document in documents:
             before = len(ids)
             ids.extend(document)
-            # Some tokenizers end every text themselves.
+            # Some tokenizers append the token themselves.
             if self.append_eod and (len(ids) == before or ids[-1] != self.end_of_document):
                 ids.append(self.end_of_document)
             if len(ids) > before:
@@ -107,11 +105,10 @@ class Tokenizer:
             bad = broken.object
             line = next((number for number, raw in chunk.documents if raw == bad), 1)
             line += bad[: broken.start].count(b"\n")
-            raise user_error(
-                f"{chunk.path}:{line} is not UTF-8",
-                got=f"byte {bad[broken.start]:#04x}",
-                allowed="UTF-8 text",
-                remedy="convert the file (iconv -t UTF-8), or leave --tokenizer out",
+            raise input_error(
+                f"{chunk.path}:{line} is not UTF-8: it has the byte {bad[broken.start]:#04x}. With "
+                "--tokenizer the input must be UTF-8 text. Convert the file (iconv -t UTF-8), or "
+                "omit --tokenizer."
             ) from None
         if not decoded:
             return []
@@ -125,14 +122,14 @@ _of_this_worker: Tokenizer | None = None
 
 
 def start_worker(name: str | None, append_eod: bool) -> None:
-    """Give this process its tokenizer."""
+    """Set the tokenizer of this process."""
     global _of_this_worker
     _of_this_worker = Tokenizer(name, append_eod)
 
 
 def encode_in_worker(chunk: Chunk) -> Encoded:
-    """`Tokenizer.encode` of this process's tokenizer."""
-    assert _of_this_worker is not None, "start_worker() comes first"
+    """`Tokenizer.encode` with the tokenizer of this process."""
+    assert _of_this_worker is not None, "call start_worker() first"
     return _of_this_worker.encode(chunk)
 
 
@@ -140,29 +137,26 @@ def _load(name: str) -> Any:
     """The `transformers` tokenizer.
 
     Raises:
-        ValueError: if there is none of that name, or no `transformers`.
+        ValueError: if it cannot be loaded, or `transformers` is not installed.
     """
-    # Workers are processes; threads inside each would only get in one another's way.
+    # The workers already use all cores; threads in each of them would compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise user_error(
-            f"--tokenizer {name} needs the package transformers",
-            got="none installed",
-            allowed="transformers 4.50 or newer",
-            remedy="pip install 'megatron-llr[hf]', or leave --tokenizer out for byte level",
+        raise input_error(
+            f"--tokenizer {name} needs transformers 4.50 or newer, which is not installed. Run pip "
+            "install 'megatron-llr[hf]', or omit --tokenizer for byte-level tokens."
         ) from None
-    got = "no such folder"
-    # A Hub name has one slash at most; anything else is a path and asks no network.
+    reason = "no such folder"
+    # A Hub name has at most one slash. Anything else is a path, for which no network is used.
     if os.path.isdir(name) or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as broken:  # the library raises many kinds
-            got = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-    raise user_error(
-        f"cannot load --tokenizer {name}",
-        got=got,
-        allowed="a folder with tokenizer files, or the name of one on the Hugging Face Hub",
-        remedy="correct the name, or download it first where there is no network",
+            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+    raise input_error(
+        f"Cannot load --tokenizer {name}: {reason}. It must be a folder with tokenizer files, or a "
+        "name on the Hugging Face Hub. Correct the name, or download it first if there is no "
+        "network."
     )
