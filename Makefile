@@ -3,7 +3,9 @@
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
-# Figures of the official LLR code, where they are at hand.
+# Text for users: also checked against the project's own dictionary of words to avoid.
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md Makefile docs examples
+# Reference figures of the official LLR code, if available.
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
 
@@ -23,12 +25,14 @@ lint:
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh .ci/run
+	.venv/bin/codespell
+	.venv/bin/codespell --dictionary .codespell-dictionary.txt $(PROSE)
 
 unit:
 	$(PYTEST) --ignore tests/dist --ignore tests/te tests
 
-# The tests that start processes wait for them half of their time: all others of up to two ranks run
-# beside them.
+# Tests of the command line wait for their processes half of the time, so all other tests of up to two
+# ranks run in parallel with them.
 side-by-side:
 	@log=$$(mktemp); \
 	{ $(PYTHON) tests/torchrun.py 1 && $(PYTEST) tests/unit tests/docs && \
@@ -37,8 +41,8 @@ side-by-side:
 	wait $$others; status=$$?; echo "== world size 1, unit, docs, world size 2"; cat $$log; rm $$log; \
 	[ $$cli -eq 0 ] && [ $$status -eq 0 ]
 
-# One launch per world size; a test runs in those that it names. Three data-parallel replicas matter to
-# where shards are cut alone.
+# One launch per world size; a test runs at the world sizes that it names. Three data-parallel replicas
+# affect only where shards are cut.
 dist:
 	@echo "== world size 4"
 	@$(PYTHON) tests/torchrun.py 4
@@ -47,13 +51,13 @@ dist:
 		$(PYTHON) tests/torchrun.py $$world tests/dist/test_llama.py || exit 1; \
 	done
 
-# On a machine with a GPU and without a network; tools/gpu_wheels.sh gets the wheels beforehand.
+# For a machine with a GPU and no network; run tools/gpu_wheels.sh first, where there is a network.
 WHEELS ?= wheels
 gpu:
 	@tools/bootstrap_gpu.sh $(WHEELS)
 	@.venv-gpu/bin/python -m benchmarks.gpu $(GPU_ARGS)
 
-# With Transformer Engine's real classes, in an environment of their own; builds it once.
+# With Transformer Engine's real classes, in a separate environment that is built once.
 test-te: setup
 	@tools/bootstrap_te.sh
 	.venv-te/bin/python -m pytest -q tests/te

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a small LLaMA-style model with layerwise learning rates on the sources of Python's standard
-# library: tensor parallelism over two ranks, on CPU. Leaves everything in runs/demo.
+# library: tensor parallelism over two ranks, on CPU. Writes everything to runs/demo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -70,7 +70,7 @@ LLR_ARGS=(
     --llr-fixed-validation
 )
 
-# The full log goes to a file; the lines worth watching to the terminal.
+# The full log goes to a file, a selection of its lines to the terminal.
 "$PYTHON" -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d \
     --rdzv-endpoint localhost:0 pretrain_gpt_llr.py \
     "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \

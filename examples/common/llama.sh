@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train a model of arXiv 2605.22297 with layerwise learning rates. Started by examples/llama_*.sh, which
-# set its size; on several nodes once per node, by srun (examples/llama_*.sbatch) or by hand.
+# Train a model of arXiv 2605.22297 with layerwise learning rates. examples/llama_*.sh set the
+# size and call this. On several nodes, start it once per node with srun (examples/llama_*.sbatch) or by hand.
 #   DATA        absolute path prefix of the .bin/.idx pair   (required)
 #   TOKENIZER   folder or name of a Hugging Face tokenizer   (required; the paper's: T5's)
-#   RUN         where checkpoint and logs go                 (runs/<name>)
+#   RUN         folder of checkpoint and logs                (runs/<name>)
 #   GPUS        processes per node                           (8)
-#   NNODES, HEAD_NODE  nodes, and the first one's address  (from SLURM, or one node)
+#   NNODES, HEAD_NODE  number of nodes, address of the first  (from SLURM, or one node)
 #   FP8=1       FP8 matrix products (Hopper or newer; sizes must be multiples of 16)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -18,7 +18,7 @@ NNODES=${NNODES:-${SLURM_NNODES:-1}}
 if [[ -z ${HEAD_NODE:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
     HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
-# One node needs no fixed port: 0 lets the launcher choose.
+# One node needs no fixed port: with 0 the launcher chooses one.
 ENDPOINT=localhost:0
 if ((NNODES > 1)); then
     ENDPOINT=${HEAD_NODE:?address of the first node}:${PORT:-29500}

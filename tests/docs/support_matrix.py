@@ -122,7 +122,7 @@ def refused_table() -> str:
         [
             f"`{flag}`",
             "No" if fine in absent else f"but {', '.join(str(value) for value in fine)}: No",
-            reasons.get(flag, "nobody has tried it"),
+            reasons.get(flag, "untested"),
         ]
         for _, fine, flag in flags._UNSUPPORTED
     ]
@@ -152,7 +152,7 @@ def main() -> int:
         PAGE.write_text(after)
         return 0
     if before != after:
-        print("docs/layouts.md: tables are not those of the tests; --write mends them")
+        print("docs/layouts.md: tables are not those of the tests; --write updates them")
     return int(before != after)
 
 
