@@ -119,7 +119,9 @@ def test_every_float_dtype_is_right_or_refused(dtype: torch.dtype) -> None:
     """float4_e2m1fn_x2 holds two values in an element: such a tensor has another shape."""
     if "x2" in str(dtype):
         packed = torch.ones(64, 64, dtype=torch.uint8).view(dtype)
-        with pytest.raises(ValueError, match="expected a matrix of a float dtype, got torch.float"):
+        with pytest.raises(
+            ValueError, match=r"expected a matrix of a float dtype, got torch\.float"
+        ):
             analyze_matrix(packed)
         return
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).abs().to(dtype)
@@ -224,6 +226,6 @@ NO_MATRICES: dict[str, Callable[[], Any]] = {
 def test_what_is_no_matrix_is_refused_in_one_line(kind: str) -> None:
     weight = NO_MATRICES[kind]()
     for analyze in (analyze_matrix, lambda w: eigenvalues_in_batches([w])):
-        with pytest.raises(ValueError, match="^expected a ") as caught:
+        with pytest.raises(ValueError, match=r"^expected a ") as caught:
             analyze(weight)
         assert "\n" not in str(caught.value)
