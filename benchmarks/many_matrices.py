@@ -111,7 +111,7 @@ def build_model(given: argparse.Namespace) -> list[torch.nn.Module]:
 def watch_engine(clock: Clock, engine: measure.SpectrumEngine) -> None:
     """Take a measurement's time apart."""
     clock.watch(measure, "eigenvalues_of", "eigensolver")
-    clock.watch(measure, "record_from_eigenvalues", "fits")
+    clock.watch(measure, "records_from_eigenvalues", "fits")
     clock.watch(measure, "send_to_owners", "exchange of weights")
     clock.watch(engine, "_share_records", "exchange of records")
     clock.watch(engine, "_share_singular_values", "exchange of spectra")

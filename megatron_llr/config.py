@@ -152,6 +152,11 @@ class LLRConfig:
     farms_windows: int = 10
     """Submatrices of --llr-spectrum farms along each side of a matrix, evenly spaced."""
 
+    measure_memory: float = 4.0
+    """GB that the spectra of a batch of matrices may take on a GPU, where matrices of equal smaller
+    side are solved together. One matrix and its Gram matrix may exceed it. A CPU solves them one by
+    one."""
+
     log_dir: str | None = None
     """Folder for measurements.csv and learning_rates.csv; none are written without it."""
 
@@ -247,6 +252,9 @@ class LLRConfig:
             raise _bad("farms_rows", self.farms_rows, "a whole number from 50")
         if self.farms_windows < 1:
             raise _bad("farms_windows", self.farms_windows, "a whole number from 1")
+
+        if not (math.isfinite(self.measure_memory) and self.measure_memory > 0):
+            raise _bad("measure_memory", self.measure_memory, "a finite number of GB above 0")
 
     def _check_timing(self) -> None:
         if self.interval < 1:

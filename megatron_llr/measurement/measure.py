@@ -4,8 +4,8 @@ import contextlib
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -26,10 +26,11 @@ from megatron_llr.measurement.exchange import (
     pool_singular_values,
     send_to_owners,
 )
+from megatron_llr.measurement.in_batches import Pending, Waiting
 from megatron_llr.measurement.master_weights import MasterCopies, MasterWeights
 from megatron_llr.measurement.owners import assign_owners
 from megatron_llr.ranks import exchange, raise_together
-from megatron_llr.spectrum import record_from_eigenvalues
+from megatron_llr.spectrum import batched, records_from_eigenvalues
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
 from megatron_llr.spectrum.farms import farms_eigenvalues
 from megatron_llr.spectrum.record import SpectrumRecord, SpectrumTable
@@ -39,8 +40,9 @@ logger = logging.getLogger(__name__)
 _METHODS = ("failed", "gram32", "gram64", "svd64", "pooled", "farms")
 _WIDTH = len(fields(SpectrumRecord))
 
-Spectrum = tuple[torch.Tensor, str]
-"""[N] fp64 eigenvalues, ascending, and how they were got."""
+Spectrum = batched.Spectrum
+Read = Callable[[], torch.Tensor]
+"""Gives the weights of a matrix; may run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class SpectrumEngine:
     Args:
         shards: catalog of this rank.
         matrix_index: all matrices of the job.
-        config: `spectrum`, `estimator`, `embedding` and the windows of farms are read.
+        config: `spectrum`, `estimator`, `embedding`, `measure_memory` and the windows of farms are
+            read.
         masters: fp32 copies to measure, instead of the model's own weights.
     """
 
@@ -107,6 +110,10 @@ class SpectrumEngine:
         self._owned_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         for matrix, owner in self.owners.items():
             self._owned_by_rank[owner].append(matrix)
+        mine = set(self._owned_by_rank[dist.get_rank()])
+        self._owned_of_size = Counter(
+            info.num_eigenvalues for info in wanted if info.matrix in mine
+        )
         here = {
             shard.matrix: shard
             for shard in shards
@@ -134,16 +141,18 @@ class SpectrumEngine:
         started = time.perf_counter()
         self._error = None
         owned: dict[str, Spectrum] = {}
-        records: dict[str, SpectrumRecord] = {}
+        pending = Pending(1e9 * self._config.measure_memory)
         with exchange("a measurement"):
             for shards in self._sources():
-                owned.update(self._unsplit(shards))
+                owned.update(self._solved(self._unsplit(shards), pending))
                 split = [shard for shard in shards if shard.split]
-                if split:
-                    owned.update(self._exact(split) if self._is_exact else self._pooled(split))
-        for matrix, spectrum in owned.items():
-            with self._kept_for_later(matrix):
-                records[matrix] = self._record(spectrum)
+                if split and self._is_exact:
+                    owned.update(self._solved(self._exact(split), pending))
+                elif split:
+                    owned.update(self._pooled(split))
+        for waiting in pending.rest():
+            owned.update(self._solve_batch(waiting))
+        records = self._records(owned)
         raise_together(self._error)
         with exchange("a measurement"):
             table = self._share_records(records)
@@ -166,21 +175,80 @@ class SpectrumEngine:
     def _is_exact(self) -> bool:
         return self._config.spectrum != "sharded"
 
-    def _unsplit(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
-        """Spectra of the matrices that this rank owns and holds whole: nothing travels."""
+    def _unsplit(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[MatrixShard, Read]]:
+        """The matrices that this rank owns and holds whole: nothing travels."""
         here = dist.get_rank()
         for shard in shards:
             if not shard.split and self.owners[shard.matrix] == here:
-                yield shard.matrix, self._eigenvalues(shard, partial(cut, shard))
+                yield shard, partial(cut, shard)
 
-    def _exact(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
-        """Spectra of the split matrices that this rank owns; others only send their parts."""
+    def _exact(self, split: Sequence[MatrixShard]) -> Iterator[tuple[MatrixShard, Read]]:
+        """The split matrices that this rank owns, assembled; others only send their parts."""
         for batch in batches(split, self.owners):
             whole = send_to_owners(batch, self.owners)
             for shard in batch:
                 if shard.matrix in whole:
-                    read = partial(whole.__getitem__, shard.matrix)
-                    yield shard.matrix, self._eigenvalues(shard, read)
+                    # Let go of here, so that it lives no longer than its batch.
+                    yield shard, partial(whole.pop, shard.matrix)
+
+    def _solved(
+        self, matrices: Iterable[tuple[MatrixShard, Read]], pending: Pending
+    ) -> Iterator[tuple[str, Spectrum]]:
+        """Spectra of matrices one by one, or of batches as soon as one is full."""
+        for shard, read in matrices:
+            size = min(shard.rows, shard.columns)
+            dtype = batched.gram_dtype(size, full=self._full)
+            most = self._batch_size(size, dtype)
+            if most == 1:
+                yield shard.matrix, self._eigenvalues(shard, read)
+                continue
+            weight = None
+            with self._kept_for_later(shard.matrix):
+                weight = read()
+            if weight is None:
+                yield shard.matrix, self._nothing(size)
+                continue
+            waiting = Waiting(shard, weight, batched.memory_of(size, dtype))
+            for batch in pending.add(size, waiting, most):
+                yield from self._solve_batch(batch)
+
+    def _batch_size(self, size: int, dtype: torch.dtype) -> int:
+        """Matrices of `size` eigenvalues that this rank solves at once."""
+        if self._config.spectrum == "farms":
+            return 1  # the submatrices of one matrix are a batch
+        memory = 1e9 * self._config.measure_memory
+        count = self._owned_of_size[size]
+        return batched.batch_size(size, count, dtype, memory, self._device.type)
+
+    def _solve_batch(self, batch: Sequence[Waiting]) -> list[tuple[str, Spectrum]]:
+        """Spectra of matrices of equal smaller side, or NaN; collectives follow either way."""
+        names = [waiting.shard.matrix for waiting in batch]
+
+        def alone(index: int) -> Spectrum:
+            return self._eigenvalues(batch[index].shard, lambda: batch[index].weight)
+
+        called = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        with self._kept_for_later(called):
+            spectra = batched.eigenvalues_in_batches(
+                [waiting.weight for waiting in batch],
+                full=self._full,
+                memory=1e9 * self._config.measure_memory,
+                names=names,
+                alone=alone,
+            )
+            return list(zip(names, spectra, strict=True))
+        return [
+            (name, self._nothing(min(each.weight.shape)))
+            for name, each in zip(names, batch, strict=True)
+        ]
+
+    def _nothing(self, count: int) -> Spectrum:
+        return torch.full((count,), math.nan, dtype=torch.float64, device=self._device), "failed"
+
+    @property
+    def _full(self) -> bool:
+        """Whether the small eigenvalues are needed too."""
+        return self._config.estimator != "hill_median"
 
     def _pooled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
         """Pooled spectra of the shards: no weight travels, singular values do."""
@@ -190,7 +258,7 @@ class SpectrumEngine:
             if self.owners[shard.matrix] == here:
                 yield shard.matrix, (pooled.square(), "pooled")
 
-    def _eigenvalues(self, shard: MatrixShard, read: Callable[[], torch.Tensor]) -> Spectrum:
+    def _eigenvalues(self, shard: MatrixShard, read: Read) -> Spectrum:
         """Eigenvalues of what `read` gives of a matrix, or NaN; collectives follow either way."""
         count = min(shard.placement.rows, shard.placement.columns)
         with self._kept_for_later(shard.matrix):
@@ -201,15 +269,14 @@ class SpectrumEngine:
                 if spectrum[1] == "failed":
                     logger.warning("megatron_llr: no eigenvalues of %s", shard.matrix)
                 return spectrum
-        nothing = torch.full((count,), math.nan, dtype=torch.float64, device=self._device)
-        return nothing, "failed"
+        return self._nothing(count)
 
     def _solve(self, weight: torch.Tensor) -> Spectrum:
-        full = self._config.estimator != "hill_median"
         if self._config.spectrum == "farms":
             rows, windows = self._config.farms_rows, self._config.farms_windows
-            return farms_eigenvalues(weight, rows, windows, full=full)
-        return eigenvalues_of(weight, full=full)
+            memory = 1e9 * self._config.measure_memory
+            return farms_eigenvalues(weight, rows, windows, full=self._full, memory=memory)
+        return eigenvalues_of(weight, full=self._full)
 
     @contextlib.contextmanager
     def _kept_for_later(self, matrix: str) -> Iterator[None]:
@@ -224,10 +291,21 @@ class SpectrumEngine:
                 remedy="lower --micro-batch-size or take --llr-spectrum sharded if memory ran out",
             )
 
-    def _record(self, spectrum: Spectrum) -> SpectrumRecord:
-        eigenvalues, method = spectrum
-        estimators = (self._config.estimator,)
-        return record_from_eigenvalues(eigenvalues, estimators=estimators, method=method)
+    def _records(self, owned: dict[str, Spectrum]) -> dict[str, SpectrumRecord]:
+        """Records of spectra; those of one length are computed together and copied once."""
+        by_length: dict[int, list[str]] = defaultdict(list)
+        for matrix, (eigenvalues, _) in owned.items():
+            by_length[eigenvalues.numel()].append(matrix)
+        records: dict[str, SpectrumRecord] = {}
+        for matrices in by_length.values():
+            with self._kept_for_later(matrices[0]):
+                found = records_from_eigenvalues(
+                    [owned[matrix][0] for matrix in matrices],
+                    estimators=(self._config.estimator,),
+                    methods=[owned[matrix][1] for matrix in matrices],
+                )
+                records.update(zip(matrices, found, strict=True))
+        return records
 
     def _share_records(self, records: dict[str, SpectrumRecord]) -> SpectrumTable:
         owned = self._owned_by_rank

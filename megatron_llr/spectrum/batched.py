@@ -35,8 +35,8 @@ Spectrum = tuple[torch.Tensor, str]
 # The solver counts the elements of a stack in 32 bits.
 _MOST_ELEMENTS = 2**31 - 1
 # What a matrix of a batch takes, in Gram matrices: itself, the copy that torch makes, and the
-# solver's workspace (4.2 of them at 1024 and at 4096 eigenvalues, measured on H200).
-_GRAMS_PER_MATRIX = 7
+# solver's workspace (4.05 of them at 1024 and at 4096 eigenvalues, measured on H200).
+_GRAMS_PER_MATRIX = 6.25
 # Up to so many eigenvalues a batch gains where it has so many matrices or more (H200, fp32: at 1024
 # 4.4 times with 32, at 2048 2.3 times with 32 but 0.95 with 8, at 2560 1.85 times with 24 but 0.95
 # with 8; at 4096 0.93 with 8).
@@ -62,7 +62,7 @@ _REASONS = {
 
 def memory_of(size: int, dtype: torch.dtype) -> int:
     """Bytes that a matrix of `size` eigenvalues takes in a batch, the weight itself left out."""
-    return _GRAMS_PER_MATRIX * size * size * dtype.itemsize
+    return int(_GRAMS_PER_MATRIX * size * size * dtype.itemsize)
 
 
 def gram_dtype(size: int, *, full: bool) -> torch.dtype:

@@ -8,7 +8,7 @@ eigenvalues.
 
 import torch
 
-from megatron_llr.spectrum.eigenvalues import eigenvalues_of
+from megatron_llr.spectrum.batched import eigenvalues_in_batches
 
 
 def window_starts(length: int, size: int, windows: int) -> list[int]:
@@ -29,7 +29,7 @@ def window_starts(length: int, size: int, windows: int) -> list[int]:
 
 @torch.no_grad()
 def farms_eigenvalues(
-    weight: torch.Tensor, rows: int, windows: int, *, full: bool = False
+    weight: torch.Tensor, rows: int, windows: int, *, full: bool = False, memory: float = 4e9
 ) -> tuple[torch.Tensor, str]:
     """Pooled eigenvalues of the square submatrices of a matrix.
 
@@ -38,6 +38,7 @@ def farms_eigenvalues(
         rows: side of a submatrix; R or C instead where they are smaller.
         windows: submatrices along each side, at most.
         full: as of `eigenvalues_of`.
+        memory: bytes that a batch of submatrices may take, as of `eigenvalues_in_batches`.
 
     Returns:
         [K * side] fp64 eigenvalues of all K submatrices, ascending, and `farms`; all NaN, with
@@ -47,11 +48,12 @@ def farms_eigenvalues(
         ValueError: if `weight` is not a matrix.
     """
     side = min(rows, *weight.shape)
-    found = [
-        eigenvalues_of(weight[top : top + side, left : left + side], full=full)
+    squares = [
+        weight[top : top + side, left : left + side]
         for top in window_starts(weight.shape[0], side, windows)
         for left in window_starts(weight.shape[1], side, windows)
     ]
+    found = eigenvalues_in_batches(squares, full=full, memory=memory)
     pooled = torch.cat([eigenvalues for eigenvalues, _ in found]).sort().values
     if any(method == "failed" for _, method in found):
         return torch.full_like(pooled, torch.nan), "failed"

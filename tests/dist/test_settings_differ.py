@@ -45,6 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "spectrum_source": {"spectrum_source": "master"},
     "farms_rows": {"farms_rows": 100},
     "farms_windows": {"farms_windows": 2},
+    "measure_memory": {"measure_memory": 1.0},
     "log_matrices": {"log_matrices": "roles"},
     "log_relative_update": {"log_relative_update": True},
     "skip_unknown": {"skip_unknown": True},

@@ -181,10 +181,10 @@ def test_a_lost_device_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         (64, 1, 1),
         (64, 2, 2),
         (1024, 42, 42),
-        (1024, 168, 84),  # two batches of one size, where 136 would fit
+        (1024, 168, 84),  # two batches of one size, where 152 would fit
         (2048, 168, 34),
         (2048, 15, 1),
-        (2560, 224, 21),
+        (2560, 224, 23),
         (2560, 8, 1),
         (4096, 100, 1),
     ],

@@ -13,7 +13,7 @@ FLAGS = """
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-embedding --llr-router
---llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows
+--llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows --llr-measure-memory
 --llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-dry-run
 --llr-reset-state
 --llr-same-start --llr-fixed-validation --llr-device
@@ -62,6 +62,8 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"depth_floor": 1.1}, "--llr-depth-floor"),
         ({"farms_rows": 49}, "--llr-farms-rows"),
         ({"farms_windows": 0}, "--llr-farms-windows"),
+        ({"measure_memory": 0.0}, "--llr-measure-memory"),
+        ({"measure_memory": float("inf")}, "--llr-measure-memory"),
         ({"policy": "embedding-only", "embedding": "measured"}, "--llr-embedding"),
         ({"policy": "alphadecay", "weight_decay": "decoupled"}, "--llr-weight-decay"),
         ({"role_table": "roles.json"}, "--llr-role-table"),
