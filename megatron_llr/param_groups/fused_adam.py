@@ -144,6 +144,7 @@ class FusedAdamStep:
         self._parts = parts
         self._kind = kind
         self._tensors: list[torch.Tensor] = []
+        self._states: list[dict[str, Any]] = []
         self._memory: list[int] = []
         self._gradients: list[int] = []
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -175,8 +176,8 @@ class FusedAdamStep:
             g is not None and (g.dtype != torch.float32 or not g.is_contiguous()) for g in gradients
         ):
             return False
-        self._create_states(tensors, gradients)
-        self._build_if_changed(tensors)
+        states = self._states_of(tensors, gradients)
+        self._build_if_changed(tensors, states)
         addresses = [0 if g is None else g.data_ptr() for g in gradients]
         if addresses != self._gradients:
             self._gradients = addresses
@@ -189,42 +190,37 @@ class FusedAdamStep:
         self._launch(groups)
         return True
 
-    def _create_states(
+    def _states_of(
         self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-    ) -> None:
-        """Give tensors without a state the one that the optimizer's own step would make."""
-        state, counter = self.optimizer.state, self._kind.counter
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            # Where the group counts, a tensor gets its state with its first gradient too.
-            if (gradient is None and tensor in state) or state.get(tensor):
-                continue
-            if gradient is None:
-                continue
-            made: dict[str, Any] = {}
-            for key in self._kind.keys:
-                if key == "step":
-                    assert counter is not None
-                    made[key] = counter.clone()
-                elif key in _MOMENTS:
-                    made[key] = torch.zeros_like(tensor)
-                else:
-                    made[key] = None
-            state[tensor] = made
+    ) -> list[dict[str, Any]]:
+        """The state of every tensor; one with its first gradient gets what its optimizer makes."""
+        known = self.optimizer.state
+        states = [known.get(tensor) or {} for tensor in tensors]
+        for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+            if not state and gradient is not None:
+                states[number] = known[tensors[number]] = self._new_state(tensors[number])
+        return states
 
-    def _memory_of(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        state = self.optimizer.state
+    def _new_state(self, tensor: torch.Tensor) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key in self._kind.keys:
+            if key == "step":
+                assert self._kind.counter is not None
+                made[key] = self._kind.counter.clone()
+            else:
+                made[key] = torch.zeros_like(tensor) if key in _MOMENTS else None
+        return made
+
+    def _build_if_changed(
+        self, tensors: Sequence[torch.Tensor], states: Sequence[dict[str, Any]]
+    ) -> None:
         memory = [tensor.data_ptr() for tensor in tensors]
         for key in _MOMENTS:
-            memory += [
-                state[tensor][key].data_ptr() if state.get(tensor) else 0 for tensor in tensors
-            ]
-        return memory
-
-    def _build_if_changed(self, tensors: Sequence[torch.Tensor]) -> None:
-        memory = self._memory_of(tensors)
+            memory += [state[key].data_ptr() if state else 0 for state in states]
         if memory == self._memory and len(tensors) == len(self._tensors):
             return
-        self._tensors, self._memory, self._gradients = list(tensors), memory, []
+        self._tensors, self._states = list(tensors), list(states)
+        self._memory, self._gradients = memory, []
         self._factors = self._counts = None
         device = tensors[0].device
         self._group_of_tensor = torch.tensor(
@@ -254,8 +250,10 @@ class FusedAdamStep:
         )
         addresses = torch.tensor([*memory, *[0] * len(tensors)]).view(4, -1)
         self._addresses = addresses.to(device)
-        self._corrections = torch.empty(2, len(tensors), device=device)
-        self._rates = torch.empty(2, len(rows), device=device)
+        numbers = torch.empty(2 * (len(tensors) + len(rows)), device=device)
+        self._numbers = numbers
+        self._corrections = numbers[: 2 * len(tensors)].view(2, -1)
+        self._rates = numbers[2 * len(tensors) :].view(2, -1)
 
     def _count(
         self, groups: Sequence[dict[str, Any]], gradients: Sequence[torch.Tensor | None]
@@ -270,12 +268,11 @@ class FusedAdamStep:
                 counts.append(int(group.get("step", 0)))
             self._counts = torch.tensor(counts)[self._group_of_tensor]
             return
-        self._own_counters(gradients)
+        self._own_counters()
         with_gradient = [g is not None for g in gradients]
-        state = self.optimizer.state
         counters = [
-            state[tensor]["step"]
-            for tensor, counted in zip(self._tensors, with_gradient, strict=True)
+            state["step"]
+            for state, counted in zip(self._states, with_gradient, strict=True)
             if counted
         ]
         if counters:
@@ -283,14 +280,12 @@ class FusedAdamStep:
         assert self._counts is not None
         self._counts += torch.tensor(with_gradient)
 
-    def _own_counters(self, gradients: Sequence[torch.Tensor | None]) -> None:
+    def _own_counters(self) -> None:
         """Read the counters once; one that several states share is cloned for each."""
         if self._counts is not None:
             return
-        state, seen = self.optimizer.state, set[int]()
-        values = []
-        for tensor in self._tensors:
-            own = state.get(tensor, {})
+        seen, values = set[int](), []
+        for own in self._states:
             counter = own.get("step")
             if counter is None:
                 values.append(0)
@@ -313,16 +308,14 @@ class FusedAdamStep:
         decay = torch.tensor(
             [float(group["weight_decay"]) for group in groups], dtype=torch.float64
         )
-        rates = torch.stack(
-            [rate[self._row_group] * on_rate, decay[self._row_group] * on_decay]
-        ).float()
+        rates = [rate[self._row_group] * on_rate, decay[self._row_group] * on_decay]
         steps = self._counts.double()
         first, second = (1 - beta**steps for beta in betas)
         if settings.get("bias_correction") in (False, 0):
             first, second = torch.ones_like(steps), torch.ones_like(steps)
-        corrections = torch.stack([first, second.sqrt() if torch_order else second]).float()
-        self._rates.copy_(self._pinned(rates), non_blocking=True)
-        self._corrections.copy_(self._pinned(corrections), non_blocking=True)
+        corrections = [first, second.sqrt() if torch_order else second]
+        numbers = torch.cat([*corrections, *rates]).float()
+        self._numbers.copy_(self._pinned(numbers), non_blocking=True)
         adam_kernel.launch(
             self._addresses,
             self._corrections,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_llr.matrices.layout import Placement, Span
@@ -36,6 +37,36 @@ class ContiguousOnly(torch.optim.SGD):
             for param in group["params"]:
                 flat = param.data.as_strided((param.numel(),), (1,))
                 flat.sub_(group["lr"] * param.grad.as_strided((param.numel(),), (1,)))
+
+
+class GroupsOfConstruction(torch.optim.SGD):
+    """Pairs its groups with a list made at construction, as apex's FusedAdam does: others stay."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups_master = [None for _ in self.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        for group, _ in zip(self.param_groups, self.param_groups_master, strict=False):
+            for param in group["params"]:
+                param.data.sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_an_optimizer_that_steps_only_the_groups_of_its_construction_gets_no_others(
+    groups: int,
+) -> None:
+    """No tensor is left unstepped: it falls to the next way of stepping."""
+    tensors = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(groups)]
+    optimizer = GroupsOfConstruction([{"params": [tensor]} for tensor in tensors])
+    assert stepping(optimizer) == "whole"
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_probe_steps_more_groups_than_the_optimizer_has(groups: int) -> None:
+    tensors = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(groups)]
+    optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors])
+    assert stepping(optimizer) == "strided"
 
 
 def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_demands_it() -> None:
