@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.fused_step import share_of_rank
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.telemetry.tables import text_table
 
 MODELS = {

@@ -17,7 +17,7 @@ import torch
 
 from megatron_llr.cpu.adam import GroupStepAdamW
 from megatron_llr.matrices.layout import flat_ranges, interleaved, stacked
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from megatron_llr.param_groups.views import Part
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.fused_step import share_of_rank, time_in_turn
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.probe import stepping
 
 _SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import train
 
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.probe import stepping
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from tests.te.kernels import FusedAdamOnCPU

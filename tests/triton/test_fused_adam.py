@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_llr.param_groups.fused_adam import AdamKind, recognize
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 EPSILON = 2.0**-23

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_llr.cpu.adam import GroupStepAdamW
-from megatron_llr.param_groups.layer_groups import InnerGroups
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
