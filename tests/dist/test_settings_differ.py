@@ -39,6 +39,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "depth_floor": {"depth_floor": 0.2},
     "random_seed": {"random_seed": 1},
     "weight_decay": {"weight_decay": "decoupled"},
+    "step": {"step": "grouped"},
     "embedding": {"embedding": "one"},
     "router": {"router": "policy"},
     "spectrum": {"spectrum": "sharded"},
