@@ -103,7 +103,7 @@ def measure(name: str, repeats: int, adamw: str) -> dict[str, Any]:
     first, build = next(iter(optimizers(adamw).items()))
     for way in ("fused", "grouped"):
         optimizer = build([{"params": tensors}])
-        groups = InnerGroups(optimizer, parts, decoupled_decay=False, way=way)
+        groups = InnerGroups(optimizer, parts, decoupled_decay=False, step=way)
         groups.multipliers = multipliers
         times[f"{way} on {first}, a rate per matrix"] = milliseconds(optimizer.step, repeats)
         if way == "fused":

@@ -100,7 +100,7 @@ def _build_layer_groups(
             catalog,
             decoupled_decay=config.weight_decay == "decoupled",
             on_decay=on_decay,
-            way=config.step,
+            step=config.step,
         )
     )
     setattr(optimizer, _LAYER_GROUPS, groups)

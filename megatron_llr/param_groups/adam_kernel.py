@@ -1,29 +1,37 @@
-"""One Triton launch that steps many tensors by Adam, with a learning rate for every logical matrix.
+"""One Triton launch that steps many tensors by Adam, each matrix at its own learning rate.
 
-Importing this module imports triton. With `TRITON_INTERPRET=1` set before that, the kernel runs on
-CPU tensors, for tests.
+Importing this module imports triton: import it only where a kernel is to run. With
+`TRITON_INTERPRET=1` set before the import the kernel runs on CPU tensors, for tests.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
+# Measured on one H200 (302M fp32 elements, 168 matrices): 2.32 ms, where a copy of the same bytes
+# takes 2.10 ms. Chunks of 8,192 or 65,536 elements and blocks of 2,048 are not faster.
 CHUNK = 16384
-"""Most elements that one program steps (2.32 ms for 302M elements on H200, 2.10 at copy speed)."""
-BLOCK = 1024
+"""Most elements that one program steps."""
+_BLOCK = 1024
 _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _adam(  # type: ignore[no-untyped-def]
-    addresses,  # [4, tensors] int64: parameter, exp_avg, exp_avg_sq, gradient
-    corrections,  # [2, tensors] fp32: bias corrections of the two moments
-    rates,  # [2, rows] fp32: learning rate, weight decay
-    chunk_tensor,  # [chunks] int32
-    chunk_first,  # [chunks] int64
-    chunk_length,  # [chunks] int32
-    chunk_row,  # [chunks] int32
+    parameters,  # [T] int64 addresses of fp32 weights
+    gradients,  # [T] int64 addresses, 0 where a tensor has no gradient
+    first_moments,  # [T] int64 addresses of fp32 exp_avg
+    second_moments,  # [T] int64 addresses of fp32 exp_avg_sq
+    copies,  # [T] int64 addresses of bf16 weights, read if HAS_COPY
+    corrections,  # [2, T] fp32 bias corrections
+    rates,  # [2, R] fp32: learning rate, weight decay
+    chunk_tensor,  # [C] int32
+    chunk_first,  # [C] int64
+    chunk_length,  # [C] int32
+    chunk_row,  # [C] int32
     tensors,
     rows,
     beta1,
@@ -33,11 +41,13 @@ def _adam(  # type: ignore[no-untyped-def]
     eps,
     DECOUPLED: tl.constexpr,
     TORCH_ORDER: tl.constexpr,
+    BF16_GRADIENT: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensor + program)
-    gradient_address = tl.load(addresses + 3 * tensors + tensor)
+    gradient_address = tl.load(gradients + tensor)
     if gradient_address != 0:
         first = tl.load(chunk_first + program)
         length = tl.load(chunk_length + program)
@@ -47,78 +57,155 @@ def _adam(  # type: ignore[no-untyped-def]
         correction1 = tl.load(corrections + tensor)
         correction2 = tl.load(corrections + tensors + tensor)
         fp32 = tl.pointer_type(tl.float32)
-        parameter = tl.load(addresses + tensor).to(fp32) + first
-        exp_avg = tl.load(addresses + tensors + tensor).to(fp32) + first
-        exp_avg_sq = tl.load(addresses + 2 * tensors + tensor).to(fp32) + first
-        gradient = gradient_address.to(fp32) + first
+        bf16 = tl.pointer_type(tl.bfloat16)
+        p_start = tl.load(parameters + tensor).to(fp32) + first
+        m_start = tl.load(first_moments + tensor).to(fp32) + first
+        v_start = tl.load(second_moments + tensor).to(fp32) + first
+        if BF16_GRADIENT:
+            g_start = gradient_address.to(bf16) + first
+        else:
+            g_start = gradient_address.to(fp32) + first
+        if HAS_COPY:
+            copy_start = tl.load(copies + tensor).to(bf16) + first
         for start in range(0, length, BLOCK):
             index = start + tl.arange(0, BLOCK)
             inside = index < length
-            p = tl.load(parameter + index, mask=inside)
-            g = tl.load(gradient + index, mask=inside)
-            m = tl.load(exp_avg + index, mask=inside)
-            v = tl.load(exp_avg_sq + index, mask=inside)
+            p = tl.load(p_start + index, mask=inside)
+            g = tl.load(g_start + index, mask=inside).to(tl.float32)
+            m = tl.load(m_start + index, mask=inside)
+            v = tl.load(v_start + index, mask=inside)
             if not DECOUPLED:
                 g += decay * p
-            m = beta1 * m + one_minus_beta1 * g
-            v = beta2 * v + one_minus_beta2 * g * g
             if TORCH_ORDER:
-                # torch/optim/adam.py: decay first; the second correction is a square root.
+                # torch/optim/adam.py: lerp, decay before the update, a root of the correction.
+                m += one_minus_beta1 * (g - m)
+                v = beta2 * v + one_minus_beta2 * g * g
                 if DECOUPLED:
                     p *= 1 - rate * decay
-                p -= rate / correction1 * (m / (tl.sqrt(v) / correction2 + eps))
+                denominator = tl.div_rn(tl.sqrt_rn(v), correction2) + eps
+                p -= tl.div_rn(rate, correction1) * tl.div_rn(m, denominator)
             else:
                 # AdamFunctor of apex and Transformer Engine: decay is part of the update.
-                update = m / correction1 / (tl.sqrt(v / correction2) + eps)
+                m = beta1 * m + one_minus_beta1 * g
+                v = beta2 * v + one_minus_beta2 * g * g
+                denominator = tl.sqrt_rn(tl.div_rn(v, correction2)) + eps
+                update = tl.div_rn(tl.div_rn(m, correction1), denominator)
                 if DECOUPLED:
                     update += decay * p
                 p -= rate * update
-            tl.store(parameter + index, p, mask=inside)
-            tl.store(exp_avg + index, m, mask=inside)
-            tl.store(exp_avg_sq + index, v, mask=inside)
+            tl.store(p_start + index, p, mask=inside)
+            tl.store(m_start + index, m, mask=inside)
+            tl.store(v_start + index, v, mask=inside)
+            if HAS_COPY:
+                tl.store(copy_start + index, p.to(tl.bfloat16), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Consecutive elements that one program steps, all of one tensor and one matrix.
+
+    Attributes:
+        tensor: [C] int32, column of the tables of addresses and bias corrections.
+        first: [C] int64, first element in the flattened tensor.
+        length: [C] int32, number of elements, at most `CHUNK`.
+        row: [C] int32, column of the table of rates.
+    """
+
+    tensor: torch.Tensor
+    first: torch.Tensor
+    length: torch.Tensor
+    row: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, ranges: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], device: torch.device
+    ) -> "Chunks":
+        """Cut ranges of tensors into chunks.
+
+        Args:
+            ranges: (tensor, row, ranges as (first, one past last)).
+            device: where the tables are to be.
+        """
+        cut = [
+            (tensor, start, min(CHUNK, last - start), row)
+            for tensor, row, found in ranges
+            for first, last in found
+            for start in range(first, last, CHUNK)
+        ]
+        columns = torch.tensor(cut, dtype=torch.int64).view(-1, 4).unbind(1)
+        dtypes = (torch.int32, torch.int64, torch.int32, torch.int32)
+        return cls(
+            *(
+                column.to(dtype).contiguous().to(device)
+                for column, dtype in zip(columns, dtypes, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What the kernel computes.
+
+    Attributes:
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        decoupled: weight decay as in AdamW; else it is added to the gradient (L2).
+        torch_order: the order of operations of torch's Adam; else that of apex's and Transformer
+            Engine's FusedAdam.
+        bf16_gradient: gradients are bf16; else fp32.
+        has_copy: a bf16 copy of the weights is written too.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    decoupled: bool
+    torch_order: bool
+    bf16_gradient: bool = False
+    has_copy: bool = False
 
 
 def launch(
-    addresses: Any,
-    corrections: Any,
-    rates: Any,
-    chunks: tuple[Any, Any, Any, Any],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    decoupled: bool,
-    torch_order: bool,
+    formula: Formula,
+    chunks: Chunks,
+    addresses: torch.Tensor,
+    corrections: torch.Tensor,
+    rates: torch.Tensor,
 ) -> None:
     """Step every chunk whose tensor has a gradient, on the current stream; no synchronization.
 
     Args:
-        addresses: [4, T] int64, of fp32 memory: parameter, exp_avg, exp_avg_sq, gradient; a
-            gradient at 0 leaves its tensor as it is.
-        corrections: [2, T] fp32 bias corrections; the second is a square root in torch's order.
+        formula: for all chunks of this launch.
+        chunks: what is stepped.
+        addresses: [5, T] int64: fp32 weights, gradients (0 for none), fp32 exp_avg, fp32
+            exp_avg_sq, bf16 copies (0 for none).
+        corrections: [2, T] fp32 bias corrections of the moments, 1 - beta ** step. In torch's order
+            the second is its square root.
         rates: [2, R] fp32 learning rates and weight decays.
-        chunks: tensor [C] int32, first element [C] int64, length [C] int32, row of `rates` [C]
-            int32.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-        decoupled: whether weight decay is AdamW's, rather than a part of the gradient (L2).
-        torch_order: the order of operations of torch's Adam, rather than that of apex's and
-            Transformer Engine's FusedAdam.
     """
-    beta1, beta2 = betas
-    _adam[(chunks[0].numel(),)](
-        addresses,
+    count = chunks.tensor.numel()
+    if count == 0:
+        return
+    beta1, beta2 = formula.betas
+    _adam[(count,)](
+        *addresses.unbind(0),
         corrections,
         rates,
-        *chunks,
+        chunks.tensor,
+        chunks.first,
+        chunks.length,
+        chunks.row,
         addresses.shape[1],
         rates.shape[1],
         beta1,
         beta2,
+        # In fp64: 1 - beta in fp32 has an error of 1e-6 relative for beta2 0.95, more for 0.999.
         1 - beta1,
         1 - beta2,
-        eps,
-        DECOUPLED=decoupled,
-        TORCH_ORDER=torch_order,
-        BLOCK=BLOCK,
+        formula.eps,
+        DECOUPLED=formula.decoupled,
+        TORCH_ORDER=formula.torch_order,
+        BF16_GRADIENT=formula.bf16_gradient,
+        HAS_COPY=formula.has_copy,
+        BLOCK=_BLOCK,
         num_warps=_WARPS,
     )

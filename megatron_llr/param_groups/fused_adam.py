@@ -1,347 +1,334 @@
-"""The fused way of stepping: one launch for all tensors of an Adam optimizer, a rate per matrix.
+"""The fused way of stepping: one kernel launch for all tensors of an Adam optimizer.
 
-The parameters, moments and step counters are the optimizer's own, under its own names, so a
-checkpoint does not tell which way stepped it.
+Weights, moments and step counters are the optimizer's own, under its own names, so that a
+checkpoint does not depend on which way stepped them.
 """
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_llr.param_groups.probe import twin_of
+from megatron_llr.config import flag
+from megatron_llr.errors import user_error
+from megatron_llr.param_groups.adam_layout import MASTER, MOMENTS
+from megatron_llr.param_groups.fused_support import (
+    is_on_cuda,
+    layouts_of,
+    reason_unsupported,
+    require_readable,
+    takes_gradient,
+)
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from megatron_llr.param_groups.views import Part
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_PROBE_SIZE = 32
-# The candidates below differ by decay and its kind by 1e-4 of a weight and more, by rounding 2e-7.
-_PROBE_TOLERANCE = 1e-6
+if TYPE_CHECKING:
+    from megatron_llr.param_groups.adam_kernel import Chunks, Formula
+
+logger = logging.getLogger(__name__)
+
+Factors = Callable[[float], tuple[float, float]]
+"""Multiplier -> factors on the learning rate and on the weight decay."""
+Parts = Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]]
+"""Id of a stepped tensor -> the tensor and the matrices in it."""
+
+_NO_MATRIX = ""
+"""Stands for the elements that belong to no matrix; their multiplier is 1."""
 
 
-@dataclass(frozen=True)
-class AdamKind:
-    """How an optimizer keeps its state and what it computes, as its own steps show.
-
-    Attributes:
-        decoupled: whether weight decay is AdamW's, rather than a part of the gradient (L2).
-        counter: a step counter of a new tensor's state (torch); None where the group counts
-            (`group["step"]`, apex and Transformer Engine).
-        keys: names in the state of a tensor, in order.
-        corrects_bias: whether moments are divided by their bias corrections.
-    """
-
-    decoupled: bool
-    counter: torch.Tensor | None
-    keys: tuple[str, ...]
-    corrects_bias: bool = True
-
-
-def _reference(
-    start: torch.Tensor, gradients: Sequence[torch.Tensor], group: Mapping[str, Any], *, kind: str
-) -> torch.Tensor:
-    """Weights after Adam steps in fp64."""
-    p, (beta1, beta2) = start.double(), group["betas"]
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    rate, decay = group["lr"], group["weight_decay"]
-    for step, gradient in enumerate(gradients, 1):
-        g = gradient.double()
-        if kind == "decoupled":
-            p = p * (1 - rate * decay)
-        else:
-            g = g + decay * p
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-        p = p - rate / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-    return p
-
-
-def recognize(optimizer: Any) -> AdamKind | str:
-    """Step a copy of an optimizer on a small tensor and compare with Adam's formula.
+def fused_step(optimizer: torch.optim.Optimizer, parts: Parts, way: str) -> "FusedAdamStep | None":
+    """The fused way of an optimizer, or None where another way steps it.
 
     Args:
-        optimizer: any torch optimizer; it is not changed.
+        optimizer: the inner optimizer.
+        parts: the matrices in its tensors.
+        way: auto, fused or grouped.
 
-    Returns:
-        What it computes, or one sentence on why the fused way cannot take its place.
+    Raises:
+        ValueError: if `way` is fused and the optimizer has tensors that cannot be stepped so.
     """
-    base = optimizer.param_groups[0]
-    if not {"lr", "betas", "eps", "weight_decay"} <= base.keys():
-        return "it is not an Adam optimizer"
-    if base.get("capturable") or base.get("differentiable"):
-        return "it is built with capturable or differentiable"
-    device = next(p.device for group in optimizer.param_groups for p in group["params"])
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(_PROBE_SIZE, generator=generator) for _ in range(4))
-    tensor = start.to(device, copy=True)
-    group = {**base, "params": [tensor], "lr": 0.01, "weight_decay": 0.1}
-    group.pop("step", None)
-    twin = twin_of(optimizer)
-    twin.param_groups = [group]
-    try:
-        for gradient in gradients:
-            tensor.grad = gradient.to(device)
-            twin.step()
-    except Exception as error:
-        return f"a step of it on one fp32 tensor failed ({type(error).__name__})"
-    state = twin.state[tensor]
-    counter = state.get("step")
-    kept = {key for key, value in state.items() if value is not None} - {"step"}
-    if kept != set(_MOMENTS) or any(
-        state[key].dtype != torch.float32 or state[key].shape != tensor.shape for key in _MOMENTS
-    ):
-        return f"its state is {', '.join(sorted(kept)) or 'empty'}, not two fp32 moments"
-    if not isinstance(counter, torch.Tensor) and not isinstance(group.get("step"), int):
-        return "it keeps no step counter that can be read"
-    for kind in ("decoupled", "l2"):
-        expected = _reference(start, gradients, group, kind=kind)
-        if (tensor.cpu().double() - expected).abs().max() <= _PROBE_TOLERANCE:
-            fresh = None if counter is None else torch.zeros_like(counter)
-            return AdamKind(kind == "decoupled", fresh, tuple(state))
-    return "its update is not Adam's"
-
-
-def reason_against(optimizer: Any, tensors: Sequence[torch.Tensor]) -> str | None:
-    """One sentence on why the fused way cannot step these tensors, or None if it can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if any(tensor.device.type != "cuda" for tensor in tensors) and not interpreted:
-        return "its tensors are not on a CUDA device"
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        return "it steps tensors that are not fp32"
-    if any(not tensor.is_contiguous() for tensor in tensors):
-        return "it steps tensors that are not contiguous"
-    if any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
-        return "its learning rate is a tensor"
-    if len({(tuple(g.get("betas", ())), g.get("eps")) for g in optimizer.param_groups}) > 1:
-        return "its param groups have different betas or eps"
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if way == "grouped" or not tensors:
+        return None
+    name, reason = type(optimizer).__name__, reason_unsupported(optimizer)
+    if reason is None:
+        return FusedAdamStep(optimizer, parts)
+    if way == "fused":
+        raise user_error(
+            f"{flag('step')} fused cannot step {name}: {reason}",
+            got="fused",
+            allowed="an Adam optimizer with fp32 weights and moments on a CUDA device, and triton",
+            remedy=f"set {flag('step')} auto",
+        )
+    if any(map(is_on_cuda, tensors)):
+        logger.warning("megatron_llr: %s is stepped in param groups: %s", name, reason)
     return None
 
 
 class FusedAdamStep:
-    """Steps all tensors of one optimizer in one launch.
+    """Steps all tensors of one inner optimizer, every matrix at its own learning rate.
 
-    Tables of chunks are built once, and again when tensors, matrices or their memory change. A step
-    uploads addresses of gradients that moved and the tables of rates and bias corrections; it does
-    not wait for the device.
+    The tables of chunks are built once, and again when tensors, their memory, their matrices or the
+    dtype of their gradients change. A step uploads the addresses of gradients if any moved, and one
+    small table of rates and bias corrections. It does not wait for the device. Tensors with bf16
+    and fp32 gradients or weights, and param groups with other betas or eps, take a launch each.
 
     Args:
         optimizer: the inner optimizer.
-        parts: id of a stepped tensor -> the tensor and the matrices in it.
-        kind: as `recognize` gives it.
+        parts: the matrices in its tensors.
+
+    Raises:
+        ValueError: if `reason_unsupported` has a reason.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
-        kind: AdamKind,
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: Parts) -> None:
+        layouts = layouts_of(optimizer)
+        if isinstance(layouts, str):
+            raise ValueError(f"the fused way cannot step {type(optimizer).__name__}: {layouts}")
         self.optimizer = optimizer
         self._parts = parts
-        self._kind = kind
+        self._layouts = layouts
+        # Counters are kept alike for all dtypes: they are of the optimizer, not of a tensor.
+        self._torch_order = next(iter(layouts.values())).counter is not None
         self._tensors: list[torch.Tensor] = []
-        self._states: list[dict[str, Any]] = []
         self._memory: list[int] = []
-        self._gradients: list[int] = []
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._dtypes: list[torch.dtype] = []
+        self._settings: list[Any] = []
+        self._counters: list[Any] = []
+        self._gradient_memory: list[int] = []
+        self._launches: list[tuple[Formula, Chunks]] = []
+        self._multipliers: Mapping[str, float] | None = None
         self._counts: torch.Tensor | None = None
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget_counts())
 
     def forget_counts(self) -> None:
-        """Read the step counters again before the next step: another way of stepping ran."""
+        """Read the step counters again before the next step, after any other way of stepping."""
         self._counts = None
 
+    def takes_gradients(self) -> bool:
+        """Whether all gradients are dense, contiguous, and fp32 or bf16."""
+        return all(map(takes_gradient, self._gradients(self._listed())))
+
     @torch.no_grad()
-    def step(
-        self, multipliers: Mapping[str, float], factors_of: Any, *, multipliers_moved: bool
-    ) -> bool:
-        """Step every tensor that has a gradient.
+    def step(self, multipliers: Mapping[str, float], factors: Factors) -> None:
+        """Step every tensor that has a gradient; only if `takes_gradients`.
 
         Args:
-            multipliers: matrix id -> multiplier; 1 where not named.
-            factors_of: multiplier -> factors on the learning rate and the weight decay.
-            multipliers_moved: whether `multipliers` differs from the last step's.
-
-        Returns:
-            False, with nothing changed, if a gradient is not fp32 and contiguous.
+            multipliers: matrix id -> multiplier, 1 where not named. Not changed between steps: new
+                multipliers are a new mapping.
+            factors: what a multiplier means.
         """
         groups = self.optimizer.param_groups
-        tensors = [tensor for group in groups for tensor in group["params"]]
-        gradients = [tensor.grad for tensor in tensors]
-        if any(
-            g is not None and (g.dtype != torch.float32 or not g.is_contiguous()) for g in gradients
-        ):
-            return False
+        tensors = self._listed()
+        gradients = self._gradients(tensors)
         states = self._states_of(tensors, gradients)
-        self._build_if_changed(tensors, states)
-        addresses = [0 if g is None else g.data_ptr() for g in gradients]
-        if addresses != self._gradients:
-            self._gradients = addresses
-            self._addresses[3].copy_(self._pinned(torch.tensor(addresses)), non_blocking=True)
-        if self._factors is None or multipliers_moved:
-            pairs = [factors_of(multipliers.get(m, 1.0) if m else 1.0) for m in self._row_matrix]
-            table = torch.tensor(pairs, dtype=torch.float64).view(-1, 2)
-            self._factors = table[:, 0], table[:, 1]
-        self._count(groups, gradients)
-        self._launch(groups)
-        return True
+        self._build_if_changed(groups, tensors, gradients, states)
+        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if addresses != self._gradient_memory:
+            self._gradient_memory = addresses
+            self._upload(torch.tensor(addresses), self._addresses[1])
+        if self._multipliers is not multipliers:
+            self._multipliers = multipliers
+            pairs = [factors(multipliers.get(matrix, 1.0)) for _, matrix in self._rows]
+            self._row_factors = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t()
+        self._count(groups, gradients, states)
+        self._upload(self._numbers(groups), self._table)
+        self._launch()
+
+    def _listed(self) -> list[torch.Tensor]:
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
+    def _gradients(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        names = {layout.gradient for layout in self._layouts.values()}
+        if len(names) == 1:
+            (name,) = names
+            return [getattr(tensor, name, None) for tensor in tensors]
+        return [getattr(tensor, self._layouts[tensor.dtype].gradient, None) for tensor in tensors]
 
     def _states_of(
         self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> list[dict[str, Any]]:
-        """The state of every tensor; one with its first gradient gets what its optimizer makes."""
+        """The state of every tensor, created where the optimizer's own step would create it."""
         known = self.optimizer.state
         states = [known.get(tensor) or {} for tensor in tensors]
-        for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
-            if not state and gradient is not None:
-                states[number] = known[tensors[number]] = self._new_state(tensors[number])
+        for number, (tensor, state) in enumerate(zip(tensors, states, strict=True)):
+            if state or (gradients[number] is None and tensor in known):
+                continue
+            layout = self._layouts[tensor.dtype]
+            keys = layout.without_gradient if gradients[number] is None else layout.keys
+            if keys is not None:
+                states[number] = known[tensor] = layout.new_state(tensor, keys)
         return states
 
-    def _new_state(self, tensor: torch.Tensor) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key in self._kind.keys:
-            if key == "step":
-                assert self._kind.counter is not None
-                made[key] = self._kind.counter.clone()
-            else:
-                made[key] = torch.zeros_like(tensor) if key in _MOMENTS else None
-        return made
-
     def _build_if_changed(
-        self, tensors: Sequence[torch.Tensor], states: Sequence[dict[str, Any]]
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        states: Sequence[dict[str, Any]],
     ) -> None:
         memory = [tensor.data_ptr() for tensor in tensors]
-        for key in _MOMENTS:
-            memory += [state[key].data_ptr() if state else 0 for state in states]
-        if memory == self._memory and len(tensors) == len(self._tensors):
+        for key in (*MOMENTS, MASTER):
+            memory += [
+                0 if (value := state.get(key)) is None else value.data_ptr() for state in states
+            ]
+        settings = [(len(g["params"]), tuple(g["betas"]), g["eps"]) for g in groups]
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        # A tensor that now and then has no gradient stays in the table of those it had.
+        before = self._dtypes if same else [torch.float32] * len(tensors)
+        dtypes = [b if g is None else g.dtype for g, b in zip(gradients, before, strict=True)]
+        now = (memory, dtypes, settings)
+        if same and now == (self._memory, self._dtypes, self._settings):
             return
-        self._tensors, self._states = list(tensors), list(states)
-        self._memory, self._gradients = memory, []
-        self._factors = self._counts = None
-        device = tensors[0].device
-        self._group_of_tensor = torch.tensor(
-            [i for i, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
-        )
-        rows: dict[tuple[int, str], int] = {}
-        chunks: list[tuple[int, int, int, int]] = []
-        from megatron_llr.param_groups.adam_kernel import CHUNK
+        for tensor, state in zip(tensors, states, strict=True):
+            require_readable(tensor, state)
+        self._tensors = list(tensors)
+        self._memory, self._dtypes, self._settings = now
+        self._gradient_memory, self._multipliers, self._counts = [], None, None
+        self._build(groups)
 
-        for number, tensor in enumerate(tensors):
-            group = int(self._group_of_tensor[number])
+    def _build(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        from megatron_llr.param_groups.adam_kernel import Chunks, Formula
+
+        group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        rows: dict[tuple[int, str], int] = {}
+        ranges: dict[Formula, list[tuple[int, int, Sequence[tuple[int, int]]]]] = {}
+        for number, (tensor, dtype) in enumerate(zip(self._tensors, self._dtypes, strict=True)):
+            group, layout = groups[group_of[number]], self._layouts[tensor.dtype]
+            formula = Formula(
+                betas=(float(group["betas"][0]), float(group["betas"][1])),
+                eps=float(group["eps"]),
+                decoupled=layout.decoupled,
+                torch_order=self._torch_order,
+                bf16_gradient=dtype == torch.bfloat16,
+                has_copy=layout.has_master,
+            )
             _, parts = self._parts.get(id(tensor), (None, ()))
-            for matrix, ranges in _covering(parts, tensor.numel()):
-                row = rows.setdefault((group, matrix), len(rows))
-                for first, last in ranges:
-                    chunks += [
-                        (number, start, min(CHUNK, last - start), row)
-                        for start in range(first, last, CHUNK)
-                    ]
-        self._row_group = torch.tensor([group for group, _ in rows])
-        self._row_matrix = [matrix for _, matrix in rows]
-        columns = torch.tensor(chunks, dtype=torch.int64).view(-1, 4).unbind(1)
-        kinds = (torch.int32, torch.int64, torch.int32, torch.int32)
-        self._chunks = tuple(
-            column.to(kind).contiguous().to(device)
-            for column, kind in zip(columns, kinds, strict=True)
-        )
-        addresses = torch.tensor([*memory, *[0] * len(tensors)]).view(4, -1)
-        self._addresses = addresses.to(device)
-        numbers = torch.empty(2 * (len(tensors) + len(rows)), device=device)
-        self._numbers = numbers
-        self._corrections = numbers[: 2 * len(tensors)].view(2, -1)
-        self._rates = numbers[2 * len(tensors) :].view(2, -1)
+            for matrix, found in _covering(parts, tensor.numel()):
+                row = rows.setdefault((group_of[number], matrix), len(rows))
+                ranges.setdefault(formula, []).append((number, row, found))
+        device = self._tensors[0].device
+        self._launches = [(formula, Chunks.of(found, device)) for formula, found in ranges.items()]
+        self._rows = list(rows)
+        self._group_of = torch.tensor(group_of)
+        self._row_group = torch.tensor([group for group, _ in self._rows])
+        weights, first, second, masters = torch.tensor(self._memory).view(4, -1).unbind(0)
+        has_master = torch.tensor([self._layouts[t.dtype].has_master for t in self._tensors])
+        self._addresses = torch.stack(
+            [
+                torch.where(has_master, masters, weights),
+                torch.zeros_like(weights),
+                first,
+                second,
+                torch.where(has_master, weights, 0),
+            ]
+        ).to(device)
+        # Bias corrections [2, tensors], then rates [2, rows]: one upload a step.
+        self._table = torch.empty(2 * len(self._tensors) + 2 * len(self._rows), device=device)
 
     def _count(
-        self, groups: Sequence[dict[str, Any]], gradients: Sequence[torch.Tensor | None]
+        self,
+        groups: Sequence[dict[str, Any]],
+        gradients: Sequence[torch.Tensor | None],
+        states: Sequence[dict[str, Any]],
     ) -> None:
-        """Advance the step counters as the optimizer does, and keep copies on the host."""
-        if self._kind.counter is None:
-            # apex and Transformer Engine: a group counts, whether its tensors have gradients.
-            counts = []
+        """Advance the step counters as the optimizer does, and their copies on the host."""
+        if not self._torch_order:
+            # apex and Transformer Engine: a group counts, also for tensors without gradients.
             for group in groups:
                 if group["params"]:
                     group["step"] = int(group.get("step", 0)) + 1
-                counts.append(int(group.get("step", 0)))
-            self._counts = torch.tensor(counts)[self._group_of_tensor]
+            self._counts = torch.tensor([int(g.get("step", 0)) for g in groups])[self._group_of]
             return
-        self._own_counters()
-        with_gradient = [g is not None for g in gradients]
-        counters = [
-            state["step"]
-            for state, counted in zip(self._states, with_gradient, strict=True)
-            if counted
-        ]
-        if counters:
-            torch._foreach_add_(counters, 1)
-        assert self._counts is not None
-        self._counts += torch.tensor(with_gradient)
+        counters = [state.get("step") for state in states]
+        if self._counts is None or not all(map(is_, counters, self._counters)):
+            self._counts = self._read_counters(counters)
+            self._counters = counters = [state.get("step") for state in states]
+        counted = [gradient is not None for gradient in gradients]
+        pairs = zip(counters, counted, strict=True)
+        own = [counter for counter, counts in pairs if counts and counter is not None]
+        if own:
+            torch._foreach_add_(own, 1)
+        self._counts += torch.tensor(counted)
 
-    def _own_counters(self) -> None:
-        """Read the counters once; one that several states share is cloned for each."""
-        if self._counts is not None:
-            return
-        seen, values = set[int](), []
-        for own in self._states:
-            counter = own.get("step")
+    def _read_counters(self, counters: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Step of every tensor, 0 where it has no state: [tensors], fp64, on the host."""
+        seen: set[int] = set()
+        shared = 0
+        for tensor, counter in zip(self._tensors, counters, strict=True):
             if counter is None:
-                values.append(0)
                 continue
             if counter.data_ptr() in seen:
-                counter = own["step"] = counter.clone()
+                # Counting a shared one for each of its tensors would add several steps at once.
+                self.optimizer.state[tensor]["step"] = counter = counter.clone()
+                shared += 1
             seen.add(counter.data_ptr())
-            values.append(int(counter))
-        self._counts = torch.tensor(values)
+        if shared:
+            logger.warning(
+                "megatron_llr: %s shared one step counter between %d tensors and others; each has "
+                "its own from now on",
+                type(self.optimizer).__name__,
+                shared,
+            )
+        device = self._tensors[0].device
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        values = [none if c is None else c.to(device, torch.float64).view(()) for c in counters]
+        return torch.stack(values).cpu()
 
-    def _launch(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        from megatron_llr.param_groups import adam_kernel
-
-        assert self._factors is not None
+    def _numbers(self, groups: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Bias corrections of all tensors, then rates and decays of all rows: fp32, on the host."""
         assert self._counts is not None
-        settings = next(group for group in groups if group["params"])
-        betas, torch_order = settings["betas"], self._kind.counter is not None
-        on_rate, on_decay = self._factors
-        rate = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64)
-        decay = torch.tensor(
-            [float(group["weight_decay"]) for group in groups], dtype=torch.float64
-        )
+        settings = [
+            (
+                float(group["lr"]),
+                float(group["weight_decay"]),
+                *map(float, group["betas"]),
+                float(bool(group.get("bias_correction", True))),
+            )
+            for group in groups
+        ]
+        rate, decay, beta1, beta2, corrects = torch.tensor(settings, dtype=torch.float64).unbind(1)
+        steps, group_of = self._counts.double(), self._group_of
+        corrections = [
+            torch.where(corrects[group_of] > 0, 1 - beta[group_of] ** steps, 1.0)
+            for beta in (beta1, beta2)
+        ]
+        if self._torch_order:
+            corrections[1] = corrections[1].sqrt()
+        on_rate, on_decay = self._row_factors
         rates = [rate[self._row_group] * on_rate, decay[self._row_group] * on_decay]
-        steps = self._counts.double()
-        first, second = (1 - beta**steps for beta in betas)
-        if settings.get("bias_correction") in (False, 0):
-            first, second = torch.ones_like(steps), torch.ones_like(steps)
-        corrections = [first, second.sqrt() if torch_order else second]
-        numbers = torch.cat([*corrections, *rates]).float()
-        self._numbers.copy_(self._pinned(numbers), non_blocking=True)
-        adam_kernel.launch(
-            self._addresses,
-            self._corrections,
-            self._rates,
-            self._chunks,  # type: ignore[arg-type]
-            betas=(float(betas[0]), float(betas[1])),
-            eps=float(settings["eps"]),
-            decoupled=self._kind.decoupled,
-            torch_order=torch_order,
-        )
+        return torch.cat([*corrections, *rates]).float()
 
-    def _pinned(self, table: torch.Tensor) -> torch.Tensor:
-        # Torch keeps pinned memory until copies from it are done.
-        return table.pin_memory() if self._addresses.is_cuda else table
+    def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        # torch keeps pinned memory until the copies from it are done.
+        source = source.pin_memory() if is_on_cuda(target) else source
+        target.copy_(source, non_blocking=True)
+
+    def _launch(self) -> None:
+        from megatron_llr.param_groups.adam_kernel import launch
+
+        split = 2 * len(self._tensors)
+        corrections, rates = self._table[:split].view(2, -1), self._table[split:].view(2, -1)
+        with torch.cuda.device_of(self._table):
+            for formula, chunks in self._launches:
+                launch(formula, chunks, self._addresses, corrections, rates)
 
 
-def _covering(parts: tuple[Part, ...], numel: int) -> list[Part]:
-    """The parts, and what none of them covers under the name "": multiplier 1."""
+def _covering(parts: tuple[Part, ...], count: int) -> list[Part]:
+    """Parts that cover a tensor of `count` elements; what belongs to no matrix has `_NO_MATRIX`."""
     if len(parts) < 2:
         # Rows that pad a vocabulary step with its matrix.
-        return [(parts[0][0] if parts else "", ((0, numel),))]
+        return [(parts[0][0] if parts else _NO_MATRIX, ((0, count),))]
     gaps, position = [], 0
     for first, last in sorted(run for _, ranges in parts for run in ranges):
         if first > position:
             gaps.append((position, first))
         position = max(position, last)
-    if position < numel:
-        gaps.append((position, numel))
-    return [*parts, ("", tuple(gaps))] if gaps else list(parts)
+    if position < count:
+        gaps.append((position, count))
+    return [*parts, (_NO_MATRIX, tuple(gaps))] if gaps else list(parts)

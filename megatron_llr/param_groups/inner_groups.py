@@ -1,32 +1,24 @@
-"""Layer param groups: installed while an inner optimizer steps, and gone before anyone looks.
+"""Layer param groups of one inner optimizer: there while it steps, and gone before anyone looks.
 
 Megatron's own groups stay as it built them, so its checkpoints do too. During `step()` alone the
 inner optimizer sees groups in which every logical matrix has its own learning rate, or its own
-weight decay.
+weight decay; or the fused step takes its place.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 
-from megatron_llr.errors import user_error
-from megatron_llr.param_groups.fused_adam import (
-    AdamKind,
-    FusedAdamStep,
-    reason_against,
-    recognize,
-)
-from megatron_llr.param_groups.probe import stepping
+from megatron_llr.param_groups.fused_adam import FusedAdamStep, fused_step
+from megatron_llr.param_groups.probe import stepping, takes_new_groups
 from megatron_llr.param_groups.row_scaling import RowScaling
 from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from megatron_llr.param_groups.updates import UpdateRecorder
 from megatron_llr.param_groups.views import FusedTensor, Part
-
-logger = logging.getLogger(__name__)
 
 # What a layer group sets for itself; everything else that a step changes goes back to the base.
 _OWN_KEYS = frozenset({"params", "lr", "weight_decay"})
@@ -40,10 +32,10 @@ class InnerGroups:
         parts: id of a stepped tensor -> the tensor and the matrices in it.
         decoupled_decay: whether a matrix decays as at multiplier 1.
         on_decay: whether the multipliers are factors on the weight decay, not on the rate.
-        way: `auto` takes the fused way where it can, `fused` demands it, `grouped` avoids it.
+        step: `--llr-step`: auto, fused or grouped.
 
     Raises:
-        ValueError: if `way` is `fused` and the optimizer cannot be stepped so.
+        ValueError: if `step` is fused and the optimizer cannot be stepped so.
     """
 
     def __init__(
@@ -53,7 +45,7 @@ class InnerGroups:
         *,
         decoupled_decay: bool,
         on_decay: bool = False,
-        way: str = "auto",
+        step: str = "auto",
     ) -> None:
         self.optimizer = optimizer
         self.multipliers: Mapping[str, float] = {}
@@ -74,30 +66,10 @@ class InnerGroups:
         self._viewed: list[FusedTensor] = []
         self._row_scaling = RowScaling(optimizer, self._factors)
         self._rates: list[tuple[Any, list[torch.Tensor]]] = []
-        self._fused_adam = self._make_fused(way)
-        self._stepped_for: Mapping[str, float] | None = None
-        self._in_fused = False
+        self._fused_adam = fused_step(optimizer, parts, step)
+        self._steps_fused = False
+        self._one_by_one = self.stepping == "whole" and not takes_new_groups(optimizer)
         self._register()
-
-    def _make_fused(self, way: str) -> FusedAdamStep | None:
-        tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if way == "grouped" or not tensors:
-            return None
-        reason = reason_against(self.optimizer, tensors)
-        kind = recognize(self.optimizer) if reason is None else reason
-        if isinstance(kind, AdamKind):
-            return FusedAdamStep(self.optimizer, self.parts, kind)
-        name = type(self.optimizer).__name__
-        if way == "fused":
-            raise user_error(
-                f"--llr-step fused cannot step {name}: {kind}",
-                got="--llr-step fused",
-                allowed="an Adam optimizer with fp32 weights and moments on a CUDA device",
-                remedy="use --llr-step auto, which steps it in param groups",
-            )
-        if any(tensor.device.type == "cuda" for tensor in tensors):
-            logger.info("megatron_llr: %s is stepped in param groups: %s", name, kind)
-        return None
 
     def _register(self) -> None:
         inner: Any = self.optimizer
@@ -109,15 +81,17 @@ class InnerGroups:
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self._fused_adam is not None:
-                if self._takes_fused(args, kwargs) and self._step_fused():
+                if self._takes_fused(args, kwargs) and self._step_fused(self._fused_adam):
                     return None
                 self._fused_adam.forget_counts()
             try:
+                if self._one_by_one and self.multipliers:
+                    return self._step_one_by_one(*args, **kwargs)
                 return unguarded(*args, **kwargs)
             finally:
                 self._restore()
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
             if self.recorder is None:
                 return guarded(*args, **kwargs)
             # Around all hooks, since other post-hooks may copy weights back.
@@ -125,34 +99,72 @@ class InnerGroups:
                 return guarded(*args, **kwargs)
 
         # torch runs no post-hook when a step raises; this restores the groups even then.
-        inner.step = step
+        # Bound, as torch's schedulers of learning rates expect of a step that they wrap.
+        if hasattr(unguarded, "_wrapped_by_lr_sched"):
+            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        inner.step = MethodType(step, inner)
 
-    def _takes_fused(self, args: Any, kwargs: Any) -> bool:
-        """Whether a step goes to the fused way: equal multipliers of 1 take the optimizer's own."""
-        with_closure = any(value is not None for value in [*args, *kwargs.values()])
-        return not with_closure and any(factor != 1.0 for factor in self.multipliers.values())
+    def _takes_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the fused way takes this step; multiplier 1 everywhere takes the optimizer's own.
 
-    def _step_fused(self) -> bool:
-        """One fused step between the optimizer's hooks; False if its gradients do not allow it."""
+        A closure, and a gradient scaler that leaves unscaling to the optimizer, are for the
+        optimizer's own step too.
+        """
         inner: Any = self.optimizer
-        assert self._fused_adam is not None
-        self._in_fused = True
+        given = (*args, *kwargs.values())
+        scaler = (getattr(inner, name, None) for name in ("grad_scale", "found_inf"))
+        return all(value is None for value in (*given, *scaler)) and any(
+            multiplier != 1.0 for multiplier in self.multipliers.values()
+        )
+
+    def _step_fused(self, fused: FusedAdamStep) -> bool:
+        """One fused step inside the optimizer's hooks; False if it cannot take the gradients."""
+        if not fused.takes_gradients():
+            return False
+        inner: Any = self.optimizer
+        self._steps_fused = True
         try:
-            for hook in inner._optimizer_step_pre_hooks.values():
-                hook(inner, (), {})
-            moved = self._stepped_for is not self.multipliers
-            if not self._fused_adam.step(self.multipliers, self._factors, multipliers_moved=moved):
-                return False
-            self._stepped_for = self.multipliers
-            self._rates = [(group["lr"] * 1.0, group["params"]) for group in inner.param_groups]
-            for hook in inner._optimizer_step_post_hooks.values():
-                hook(inner, (), {})
+            # The optimizer's hooks and its entry in a profile, as around its own step.
+            hooked = torch.optim.Optimizer.profile_hook_step(self._fused_body)
+            hooked(inner)
         finally:
-            self._in_fused = False
+            self._steps_fused = False
+        # A scheduler that wrapped the step before this class notes a call in its wrapper alone.
+        inner._opt_called = True
         return True
 
+    def _step_one_by_one(self, *args: Any, **kwargs: Any) -> Any:
+        """Step every layer group by itself, for an optimizer that takes no more groups than it had.
+
+        Each stands in the place of the group that it is a part of, beside empty ones.
+        """
+        inner: Any = self.optimizer
+        step = type(inner).step
+        bare = step.__wrapped__ if getattr(step, "hooked", False) else step
+
+        def body(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            for number, pieces in enumerate(self._pieces):
+                for piece in pieces:
+                    optimizer.param_groups = [
+                        piece if place == number else {**base, "params": []}
+                        for place, base in enumerate(self._base_groups)
+                    ]
+                    bare(optimizer, *args, **kwargs)
+
+        torch.optim.Optimizer.profile_hook_step(body)(inner, *args, **kwargs)
+        inner._opt_called = True
+
+    def _fused_body(self, inner: Any, *_: Any, **__: Any) -> None:
+        assert self._fused_adam is not None
+        self._fused_adam.step(self.multipliers, self._factors)
+        self._note_rates(inner.param_groups)
+
+    def _note_rates(self, groups: list[dict[str, Any]]) -> None:
+        # A rate that is a tensor is overwritten in place by the scheduler.
+        self._rates = [(group["lr"] * 1.0, group["params"]) for group in groups]
+
     def _enter(self) -> None:
-        if self._in_fused:
+        if self._steps_fused:
             return
         # A subclass whose step calls super().step() fires the hooks twice.
         self._depth += 1
@@ -160,7 +172,7 @@ class InnerGroups:
             self._install()
 
     def _leave(self) -> None:
-        if self._in_fused:
+        if self._steps_fused:
             return
         self._depth -= 1
         if self._depth == 0:
@@ -172,14 +184,18 @@ class InnerGroups:
         self._base_groups, self._base_state = inner.param_groups, inner.state
         plan = self._plan_of(self._base_groups)
         for tensor, parts in plan.scaled:
-            assert not self.is_inseparable(tensor), f"one multiplier for {[m for m, _ in parts]}"
+            if not self._row_scaling.takes(tensor):
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} cannot step {[m for m, _ in parts]} at "
+                    "different rates in this step, which has a closure, a gradient scaler, or a "
+                    "gradient that is not contiguous fp32 or bf16"
+                )
             self._row_scaling.scale(tensor, parts, self.multipliers)
         for fused in plan.fused:
             fused.slice_gradient()
         self._viewed = plan.fused
         self._pieces = plan.fill(self._base_groups, self.multipliers, self._settings)
-        # A rate that is a tensor is overwritten in place by the scheduler.
-        self._rates = [(group["lr"] * 1.0, group["params"]) for group in self._base_groups]
+        self._note_rates(self._base_groups)
         if self._viewed:
             inner.state = self._lent_state()  # type: ignore[assignment]
         inner.param_groups = [piece for pieces in self._pieces for piece in pieces]
@@ -220,6 +236,8 @@ class InnerGroups:
 
     def is_inseparable(self, tensor: torch.Tensor) -> bool:
         """Whether the matrices in a tensor must share one multiplier."""
+        if self._fused_adam is not None:
+            return False
         _, parts = self.parts.get(id(tensor), (None, ()))
         whole = self.stepping == "whole" and not self._row_scaling.takes(tensor)
         return whole and len(parts) > 1

@@ -22,7 +22,7 @@ class LayerGroups:
         shards: catalog of this rank.
         decoupled_decay: whether a matrix decays as at multiplier 1.
         on_decay: whether the multipliers are factors on the weight decay, not on the rate.
-        way: as of `InnerGroups`.
+        step: `--llr-step`: auto, fused or grouped.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LayerGroups:
         *,
         decoupled_decay: bool = False,
         on_decay: bool = False,
-        way: str = "auto",
+        step: str = "auto",
     ) -> None:
         self.decoupled_decay, self.on_decay = decoupled_decay, on_decay
         by_parameter = _by_parameter(shards)
@@ -45,7 +45,7 @@ class LayerGroups:
             }
             self._inner.append(
                 InnerGroups(
-                    optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay, way=way
+                    optimizer, parts, decoupled_decay=decoupled_decay, on_decay=on_decay, step=step
                 )
             )
 

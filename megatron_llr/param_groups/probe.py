@@ -1,7 +1,6 @@
 """Ask an optimizer what it can do, instead of knowing it by name."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,69 +10,142 @@ from megatron_llr.param_groups.views import FusedTensor, Part
 Stepping = Literal["strided", "contiguous", "whole"]
 
 _COLUMNS = 6
-# Rates of the param groups of a probe's later steps differ, so that one that is skipped, or stepped
-# at the rate of another, shows.
-_RATE = 0.01
-
-
-def _interleaved(count: int) -> tuple[Part, ...]:
-    """Matrices interleaved row by row, two rows each: what an update of the whole cannot hide, and
-    what a kernel that takes views with strides for contiguous memory gets wrong.
-    """
-    return tuple(
-        (
-            str(part),
-            tuple((row * _COLUMNS, (row + 1) * _COLUMNS) for row in (part, part + count)),
-        )
-        for part in range(count)
-    )
-
-
-def _consecutive(count: int) -> tuple[Part, ...]:
-    """The first element by itself, then matrices that begin inside a row."""
-    ends = [0, 1, *(2 * part * _COLUMNS + 3 for part in range(1, count - 1)), 2 * count * _COLUMNS]
-    return tuple((str(part), ((ends[part], ends[part + 1]),)) for part in range(count))
+_RATES = (0.01, 0.03, 0.002)
+# Kernels of apex and Transformer Engine take at most 110 tensors in a launch, torch's fewer.
+_MANY = 120
+# More groups than an optimizer has: one that pairs them with a list that it made when it was
+# constructed steps no more than it had then.
+_MORE_GROUPS = 4
+# Weights around 1 move by their rate: a step left out or at another rate is 1000 times more.
+_ROUNDING = 1e-6
 
 
 def stepping(optimizer: Any) -> Stepping:
-    """In what pieces an optimizer can step a matrix with, to the bit, the result of the whole.
+    """In what pieces an optimizer can step a matrix with the result of the whole.
 
     `strided` and `contiguous` for element-wise updates (Adam, SGD), as kernels take views with a
-    stride or do not; `whole` for updates of whole matrices (Muon, SOAP), for optimizers that cannot
-    step a slice of a tensor whose state they have made (states with one scale per tensor), and for
-    those that step only as many param groups as they were constructed with (apex's FusedAdam). A
-    copy of the optimizer takes one step on a small random matrix and two in pieces, each piece in a
-    param group with its own learning rate; the optimizer itself, its groups and its state are not
-    touched.
+    stride or do not; `whole` for updates of whole matrices (Muon, SOAP), and for optimizers that
+    cannot step a slice of a tensor whose state they have made (states with one scale per tensor),
+    or param groups that they were not constructed with. A twin of the optimizer takes one step on a
+    small random matrix in one group, and two in pieces, in many groups of different rates; the
+    optimizer itself, its groups and its state are not touched.
     """
     sample = next((p for group in optimizer.param_groups for p in group["params"]), None)
     if sample is None:
         return "strided"
-    # More groups than the optimizer was constructed with.
-    count = len(optimizer.param_groups) + 2
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = (
-        torch.randn((2 * count, _COLUMNS), generator=generator).to(sample.device, sample.dtype)
-        for _ in range(4)
-    )
-    rates = [_RATE * (1 + part) for part in range(count)]
-    wholes = [_stepped(optimizer, start, gradients, (), [rate], strided=False) for rate in rates]
-    answers: tuple[tuple[Stepping, tuple[Part, ...]], ...] = (
-        ("strided", _interleaved(count)),
-        ("contiguous", _consecutive(count)),
-    )
-    for answer, parts in answers:
-        stepped = _stepped(optimizer, start, gradients, parts, rates, strided=answer == "strided")
-        if stepped is not None and all(
-            whole is not None
-            and all(
-                torch.equal(whole.view(-1)[first:last], stepped.view(-1)[first:last])
-                for first, last in ranges
-            )
-            for whole, (_, ranges) in zip(wholes, parts, strict=True)
-        ):
+    answers: tuple[Stepping, ...] = ("strided", "contiguous")
+    for answer in answers:
+        # Few pieces first: what steps whole matrices is slow on many, and known by few.
+        if all(_takes(optimizer, sample, many, strided=answer == "strided") for many in (0, _MANY)):
             return answer
     return "whole"
+
+
+def _takes(optimizer: Any, sample: torch.Tensor, many: int, *, strided: bool) -> bool:
+    parts = _pieces(len(optimizer.param_groups) + _MORE_GROUPS, many)
+    rows = parts[-1][1][-1][1] // _COLUMNS
+    start, *gradients = _random((rows, _COLUMNS), sample)
+    rates = {matrix: _RATES[number % len(_RATES)] for number, (matrix, _) in enumerate(parts)}
+    whole = _stepped_whole(optimizer, start, gradients, parts, rates)
+    stepped = _stepped(optimizer, start, gradients, rates, parts=parts, strided=strided)
+    return whole is not None and stepped is not None and _agree(whole, stepped)
+
+
+def takes_new_groups(optimizer: Any) -> bool:
+    """Whether an optimizer steps whole tensors right in param groups that it did not have before.
+
+    apex's FusedAdam pairs its groups with a list of the length that they had at its construction,
+    and leaves all further groups as they are, silently.
+    """
+    sample = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    if sample is None:
+        return True
+    count = len(optimizer.param_groups) + _MORE_GROUPS
+    start, *gradients = _random((4, _COLUMNS), sample)
+    rates = [_RATES[number % len(_RATES)] for number in range(count)]
+    expected = {rate: _stepped(optimizer, start, gradients, {"": rate}) for rate in _RATES}
+    twin = twin_of(optimizer)
+    tensors = [start.clone() for _ in rates]
+    base = _group(optimizer, tensors)
+    twin.param_groups = [base]
+    try:
+        for number, gradient in enumerate(gradients):
+            for tensor in tensors:
+                _set_gradient(tensor, gradient)
+            if number == 1:
+                pairs = zip(tensors, rates, strict=True)
+                twin.param_groups = [{**base, "params": [t], "lr": rate} for t, rate in pairs]
+            twin.step()
+    except Exception:  # whatever it is that it cannot do, it cannot step these groups
+        return False
+    results = [expected[rate] for rate in rates]
+    return all(
+        result is not None and _agree(tensor, result)
+        for tensor, result in zip(tensors, results, strict=True)
+    )
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results are equal, but for rounding where a kernel steps the ends of a tensor
+    without its vector instructions.
+    """
+    if one.dtype not in (torch.float32, torch.float64):
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=_ROUNDING)
+
+
+def _pieces(count: int, many: int) -> tuple[Part, ...]:
+    """`count` matrices and more that cover a matrix of `_COLUMNS` columns.
+
+    Interleaved row by row, two of `many` runs, one of one element, and one that begins inside a
+    row: what an update of the whole cannot hide, and what a kernel that takes strides for
+    contiguous memory gets wrong.
+    """
+    interleaved, position = 2 * count, 0
+    found: dict[str, list[tuple[int, int]]] = {}
+    for row in range(interleaved + 2 * many):
+        name = str(row % count) if row < interleaved else ("many", "others")[row % 2]
+        found.setdefault(name, []).append((position, position + _COLUMNS))
+        position += _COLUMNS
+    found["element"] = [(position, position + 1)]
+    found["cut"] = [(position + 1, position + 2 * _COLUMNS)]
+    return tuple((name, tuple(ranges)) for name, ranges in found.items())
+
+
+def _random(shape: tuple[int, int], like: torch.Tensor) -> list[torch.Tensor]:
+    """A start and three gradients, on the device and of the dtype of `like`."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(like.device, like.dtype) for _ in range(4)]
+
+
+def _group(optimizer: Any, tensors: list[torch.Tensor]) -> dict[str, Any]:
+    group = {**optimizer.param_groups[0], "params": tensors, "lr": _RATES[0]}
+    group.pop("step", None)
+    return group
+
+
+def _set_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+    for name in ("grad", "decoupled_grad"):
+        setattr(tensor, name, gradient)
+
+
+def _stepped_whole(
+    optimizer: Any,
+    start: torch.Tensor,
+    gradients: list[torch.Tensor],
+    parts: tuple[Part, ...],
+    rates: dict[str, float],
+) -> torch.Tensor | None:
+    """What elementwise steps with a rate for every part give: steps of the whole at each rate."""
+    at_rate = {rate: _stepped(optimizer, start, gradients, {"": rate}) for rate in _RATES}
+    result = start.clone()
+    for matrix, ranges in parts:
+        stepped = at_rate[rates[matrix]]
+        if stepped is None:
+            return None
+        for first, last in ranges:
+            result.view(-1)[first:last] = stepped.view(-1)[first:last]
+    return result
 
 
 def updates_apart(optimizer: Any, tensor: torch.Tensor) -> bool:
@@ -93,31 +165,28 @@ def _stepped(
     optimizer: Any,
     start: torch.Tensor,
     gradients: list[torch.Tensor],
-    parts: tuple[Part, ...],
-    rates: Sequence[float],
+    rates: dict[str, float],
     *,
-    strided: bool,
+    parts: tuple[Part, ...] = (),
+    strided: bool = False,
 ) -> torch.Tensor | None:
-    """A copy of `start` after a step for every gradient; None if one fails.
-
-    The first step takes the tensor whole, the others its parts at one of `rates` each; without
-    parts, the tensor at the first of them.
+    """A copy of `start` after a step for every gradient, from the second at the rates; None if one
+    fails. In pieces if there are `parts`, else whole at the one rate.
     """
     twin = twin_of(optimizer)
     tensor = start.clone()
-    group = {**optimizer.param_groups[0], "params": [tensor], "lr": _RATE}
-    group.pop("step", None)
+    group = _group(optimizer, [tensor])
     twin.param_groups = [group]
     try:
         for number, gradient in enumerate(gradients):
-            for name in ("grad", "decoupled_grad"):
-                setattr(tensor, name, gradient)
+            _set_gradient(tensor, gradient)
             if parts and number:
                 _step_in_pieces(twin, tensor, parts, rates, strided=strided)
-            else:
-                group["lr"] = rates[0] if number else _RATE
-                twin.step()
-    except Exception:  # any failure means that these views are not supported
+                continue
+            if number:
+                (group["lr"],) = rates.values()
+            twin.step()
+    except Exception:  # whatever it is that it cannot do, it cannot step these pieces
         return None
     return tensor
 
@@ -142,22 +211,23 @@ def _step_in_pieces(
     twin: Any,
     tensor: torch.Tensor,
     parts: tuple[Part, ...],
-    rates: Sequence[float],
+    rates: dict[str, float],
     *,
     strided: bool,
 ) -> None:
-    """One step as the layer groups make it: views of tensor, gradient and state, in many groups."""
+    """One step as the layer groups make it: a group for every part, of views of the tensor, its
+    gradient and its state.
+    """
     fused = FusedTensor(tensor, parts, strided=strided)
     fused.slice_gradient()
     base, lent = twin.state, defaultdict[Any, dict[str, Any]](dict)
     fused.lend_state(base[tensor], lent)
     (group,) = twin.param_groups
     pieces = [
-        {**group, "params": fused.views[matrix], "lr": rate}
-        for (matrix, _), rate in zip(parts, rates, strict=True)
+        {**group, "params": views, "lr": rates[matrix]} for matrix, views in fused.views.items()
     ]
     twin.state, twin.param_groups = lent, pieces
     twin.step()
     fused.return_state(base[tensor], lent)
-    group.update({key: value for key, value in pieces[0].items() if key not in ("params", "lr")})
+    group.update({key: pieces[0][key] for key in pieces[0].keys() - {"params", "lr"}})
     twin.state, twin.param_groups = base, [group]

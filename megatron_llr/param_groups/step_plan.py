@@ -106,8 +106,13 @@ class StepPlan:
                 fused = show(tensor, tuple(joined.values()))
                 self.fused.append(fused)
                 for number, (matrix, _) in joined.items():
-                    tensors[number].extend(fused.views[matrix])
-        return [_Piece(number, found, {}) for number, found in tensors.items()]
+                    if fused.views[matrix]:
+                        tensors[number].extend(fused.views[matrix])
+        # Transformer Engine below 2.18 skips a group that ends in an empty tensor.
+        return [
+            _Piece(number, sorted(found, key=lambda tensor: tensor.numel() > 0), {})
+            for number, found in tensors.items()
+        ]
 
     def fits(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> bool:
         """Whether the plan was made for these groups, tensors and equal multipliers."""

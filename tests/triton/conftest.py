@@ -1,14 +1,24 @@
-"""Kernels on a GPU, or on CPU tensors with `TRITON_INTERPRET=1`."""
+"""Kernels on a GPU where there is one, else in triton's interpreter (`TRITON_INTERPRET=1`)."""
 
 import os
 
 import pytest
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton chooses when it is imported: tests/unit/test_triton.py starts a process with it set.
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two blocks, so that small tensors have several."""
+    from megatron_llr.param_groups import adam_kernel
+
+    monkeypatch.setattr(adam_kernel, "CHUNK", 2048)
+
+
+@pytest.fixture
 def device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    assert os.environ.get("TRITON_INTERPRET") == "1", "no GPU: set TRITON_INTERPRET=1"
-    return "cpu"
+    return DEVICE

@@ -44,6 +44,7 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"device": "tpu"}, "--llr-device"),
         ({"log_matrices": "experts"}, "--llr-log-matrices"),
         ({"weight_decay": "none"}, "--llr-weight-decay"),
+        ({"step": "whole"}, "--llr-step"),
         ({"min_multiplier": 0.0}, "--llr-min-multiplier"),
         ({"min_multiplier": 6.0}, "--llr-min-multiplier"),
         ({"max_multiplier": float("inf")}, "--llr-max-multiplier"),

@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_llr.cpu.adam import GroupStepAdamW
 from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.layer_groups import LayerGroups
-from megatron_llr.param_groups.probe import stepping
+from megatron_llr.param_groups.probe import stepping, takes_new_groups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from tests.unit.fused import OPTIMIZERS
+from megatron_llr.param_groups.views import Window, windows
+from tests.unit.fused import OPTIMIZERS, SETTINGS
 
 
 class WholeMatrix(torch.optim.Optimizer):
@@ -37,36 +40,6 @@ class ContiguousOnly(torch.optim.SGD):
             for param in group["params"]:
                 flat = param.data.as_strided((param.numel(),), (1,))
                 flat.sub_(group["lr"] * param.grad.as_strided((param.numel(),), (1,)))
-
-
-class GroupsOfConstruction(torch.optim.SGD):
-    """Pairs its groups with a list made at construction, as apex's FusedAdam does: others stay."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, lr=0.1)
-        self.param_groups_master = [None for _ in self.param_groups]
-
-    def step(self, closure: Any = None) -> None:
-        for group, _ in zip(self.param_groups, self.param_groups_master, strict=False):
-            for param in group["params"]:
-                param.data.sub_(group["lr"] * param.grad)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3])
-def test_an_optimizer_that_steps_only_the_groups_of_its_construction_gets_no_others(
-    groups: int,
-) -> None:
-    """No tensor is left unstepped: it falls to the next way of stepping."""
-    tensors = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(groups)]
-    optimizer = GroupsOfConstruction([{"params": [tensor]} for tensor in tensors])
-    assert stepping(optimizer) == "whole"
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_the_probe_steps_more_groups_than_the_optimizer_has(groups: int) -> None:
-    tensors = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(groups)]
-    optimizer = torch.optim.AdamW([{"params": [tensor]} for tensor in tensors])
-    assert stepping(optimizer) == "strided"
 
 
 def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_demands_it() -> None:
@@ -100,3 +73,104 @@ def test_capability_is_asked_not_known_by_name() -> None:
     assert stepping(ContiguousOnly([tensor()])) == "contiguous"
     assert stepping(WholeMatrix([tensor()])) == "whole"
     assert stepping(WholeMatrix([{"params": []}])) == "strided"
+
+
+class PairedGroups(GroupStepAdamW):
+    """apex's FusedAdam: groups are paired with a list that is made with the optimizer."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, **SETTINGS)
+        self.param_groups_master = [
+            {"params": [None] * len(group["params"])} for group in self.param_groups
+        ]
+
+    def step(self, closure: Any = None) -> None:
+        groups = self.param_groups
+        self.param_groups = [
+            {**group, "params": [p for p, _ in zip(group["params"], kept["params"], strict=False)]}
+            for group, kept in zip(groups, self.param_groups_master, strict=False)
+        ]
+        try:
+            GroupStepAdamW.step.__wrapped__(self)  # type: ignore[attr-defined]
+        finally:
+            for group, stepped in zip(groups, self.param_groups, strict=False):
+                if group["params"]:
+                    group["step"] = stepped["step"]
+            self.param_groups = groups
+
+
+@pytest.mark.parametrize("group_sizes", [(2,), (1, 3), (2, 0, 2)])
+def test_groups_that_are_paired_at_construction_leave_no_tensor_unstepped(
+    group_sizes: tuple[int, ...],
+) -> None:
+    """The probe sees it; whole tensors step with rates of their own, each exactly once."""
+    built = []
+    for kind in (PairedGroups, lambda groups: GroupStepAdamW(groups, **SETTINGS)):
+        generator = torch.Generator().manual_seed(0)
+        groups = [
+            [torch.randn(4, 6, generator=generator) for _ in range(size)] for size in group_sizes
+        ]
+        optimizer = kind([{"params": found} for found in groups])
+        tensors = [tensor for found in groups for tensor in found]
+        parts = {
+            id(t): (SteppedTensor(t, torch.nn.Parameter(t)), ((str(n), ((0, 24),)),))
+            for n, t in enumerate(tensors)
+        }
+        inner = InnerGroups(optimizer, parts, decoupled_decay=False)
+        built.append((optimizer, tensors, inner))
+    assert stepping(built[0][0]) == "whole"
+    assert not takes_new_groups(built[0][0])
+    assert takes_new_groups(built[1][0])
+    for step in range(4):
+        results = []
+        for optimizer, tensors, inner in built:
+            inner.multipliers = (
+                {str(n): 1.0 + n + step for n in range(len(tensors))} if step else {}
+            )
+            generator = torch.Generator().manual_seed(step)
+            for tensor in tensors:
+                tensor.grad = torch.randn(4, 6, generator=generator)
+            optimizer.step()
+            results.append(tensors)
+        for paired, plain in zip(*results, strict=True):
+            assert torch.equal(paired, plain)
+    for paired, plain in zip(built[0][0].param_groups, built[1][0].param_groups, strict=True):
+        if paired["params"]:
+            assert paired["step"] == plain["step"] == 4
+
+
+def test_no_empty_view_is_handed_out() -> None:
+    """Transformer Engine below 2.18 skips a group that ends in an empty tensor."""
+    assert windows([(0, 0), (0, 3), (3, 3), (5, 6)], strided=True) == [
+        Window(0, 3, 1, 0),
+        Window(5, 1, 1, 0),
+    ]
+    empty, other = torch.nn.Parameter(torch.ones(0, 6)), torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = OPTIMIZERS["adamw"]([{"params": [other, empty]}])
+    parts = {id(other): (SteppedTensor(other, other), (("a", ((0, 24),)), ("b", ((24, 24),))))}
+    groups = InnerGroups(optimizer, parts, decoupled_decay=False)
+    groups.multipliers = {"a": 2.0, "b": 3.0}
+    seen: list[list[int]] = []
+    optimizer.register_step_pre_hook(
+        lambda opt, *_: seen.extend([p.numel() for p in g["params"]] for g in opt.param_groups)
+    )
+    other.grad, empty.grad = torch.ones(4, 6), torch.ones(0, 6)
+    optimizer.step()
+    assert seen == [[24], [0]]
+
+
+def test_one_group_of_very_many_pieces_is_probed() -> None:
+    """A kernel that takes a limited number of tensors in one call, and drops the others."""
+
+    class Limited(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for param in group["params"][:110]:
+                    if not param.is_contiguous():
+                        raise ValueError("strides are not supported")
+                    param.data.sub_(group["lr"] * param.grad)
+
+    assert stepping(Limited([torch.nn.Parameter(torch.ones(4, 4))])) == "whole"
