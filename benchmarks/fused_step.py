@@ -33,7 +33,7 @@ def parts_of(tensor: torch.Tensor, spans: dict[str, tuple[object, ...]], block: 
 
 def memory_of_views(groups: InnerGroups, apart: dict[str, float]) -> int:
     """Bytes of Python objects that the views take; their tensors share memory with the weights."""
-    groups._fused.clear()
+    groups.grouped.views.clear()
     groups.multipliers = apart
     tracemalloc.start()
     groups.optimizer.step()

@@ -12,7 +12,7 @@ from layouts import LAYOUTS, Layout
 from megatron.core import parallel_state as mpu
 
 from megatron_llr.megatron.stepped_tensors import leaf_optimizers, stepped_tensors_of
-from megatron_llr.param_groups import inner_groups
+from megatron_llr.param_groups import grouped
 from megatron_llr.ranks import together
 
 NAMES = "tp1 tp1-bf16 tp2 pp2 dp2 dp2-bf16 dp2-distopt dp2-distopt-bf16"
@@ -121,7 +121,7 @@ def test_a_tied_embedding_counts_once(shared_dir: Path) -> None:
 def test_it_needs_no_layer_groups(kind: str, shared_dir: Path, monkeypatch: Any) -> None:
     """At multiplier 1, and with an optimizer that takes whole tensors alone."""
     if kind == "whole":
-        monkeypatch.setattr(inner_groups, "stepping", lambda optimizer: "whole")
+        monkeypatch.setattr(grouped, "stepping", lambda optimizer: "whole")
     policy = "--llr-policy uniform" if kind == "uniform" else ""
     oracle = Oracle()
     train(FLAG, policy, f"--llr-log-dir {shared_dir}", on_update=oracle)

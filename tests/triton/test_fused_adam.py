@@ -333,7 +333,7 @@ def test_what_is_no_fp32_adam_is_refused_with_the_reason(
     parts = {id(tensor): (SteppedTensor(tensor, torch.nn.Parameter(tensor)), (("a", ((0, 48),)),))}
     with pytest.raises(ValueError, match=r"--llr-step fused cannot step .*set --llr-step auto"):
         InnerGroups(optimizer, parts, decoupled_decay=False, step="fused")
-    assert InnerGroups(optimizer, parts, decoupled_decay=False)._fused_adam is None
+    assert InnerGroups(optimizer, parts, decoupled_decay=False)._fused is None
 
 
 def test_bf16_tensors_without_fp32_weights_are_refused(device: str) -> None:

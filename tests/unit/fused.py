@@ -20,6 +20,18 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+class WatchedAdamW(torch.optim.AdamW):
+    """Notes the param groups that its own step sees: elements of every tensor in each."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, foreach=False, **SETTINGS)
+        self.seen: list[list[list[int]]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen.append([[p.numel() for p in group["params"]] for group in self.param_groups])
+        return super().step(closure)
+
+
 def fused_groups(
     optimizer: torch.optim.Optimizer,
     tensor: torch.Tensor,
