@@ -6,7 +6,8 @@ weight decay; or the fused step takes its place.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,6 @@ from megatron_llr.param_groups.probe import stepping, takes_new_groups
 from megatron_llr.param_groups.row_scaling import RowScaling
 from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.updates import UpdateRecorder
 from megatron_llr.param_groups.views import FusedTensor, Part
 
 # What a layer group sets for itself; everything else that a step changes goes back to the base.
@@ -33,6 +33,9 @@ class InnerGroups:
         decoupled_decay: whether a matrix decays as at multiplier 1.
         on_decay: whether the multipliers are factors on the weight decay, not on the rate.
         step: `--llr-step`: auto, fused or grouped.
+
+    Attributes:
+        around_step: makes a context in which the optimizer steps, all its hooks included.
 
     Raises:
         ValueError: if `step` is fused and the optimizer cannot be stepped so.
@@ -51,7 +54,7 @@ class InnerGroups:
         self.multipliers: Mapping[str, float] = {}
         self.stepping = stepping(optimizer)
         self.parts = parts
-        self.recorder: UpdateRecorder | None = None
+        self.around_step: Callable[[], AbstractContextManager[None]] | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
         self.matrices = list(dict.fromkeys(m for _, found in parts.values() for m, _ in found))
@@ -92,10 +95,10 @@ class InnerGroups:
                 self._restore()
 
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.recorder is None:
+            if self.around_step is None:
                 return guarded(*args, **kwargs)
             # Around all hooks, since other post-hooks may copy weights back.
-            with self.recorder.around_step():
+            with self.around_step():
                 return guarded(*args, **kwargs)
 
         # torch runs no post-hook when a step raises; this restores the groups even then.
@@ -286,6 +289,7 @@ class InnerGroups:
         self._base_groups, self._base_state = [], None
         self._pieces, self._viewed, self._depth = [], [], 0
 
-    def base_rates(self) -> dict[int, float]:
-        """Id of a stepped tensor -> base learning rate that the last step used for it."""
-        return {id(tensor): float(rate) for rate, tensors in self._rates for tensor in tensors}
+    @property
+    def base_rates(self) -> list[tuple[Any, list[torch.Tensor]]]:
+        """Base learning rates that the last step used, each with the tensors that it was for."""
+        return self._rates
