@@ -16,6 +16,7 @@ from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import Measurement, SpectrumEngine
 from megatron_llr.param_groups.layer_groups import LayerGroups
+from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
@@ -70,9 +71,7 @@ class LayerwiseController:
         self._document: dict[str, Any] | None = None
         self._alphas: dict[str, float] = {}
         self._last_measured: float | None = None
-        self._rates_read = False
-        if config.log_relative_update:
-            layer_groups.record_updates(catalog)
+        self._recorder: StepRecorder | None = None
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -193,9 +192,16 @@ class LayerwiseController:
         """Learn what any rank writes: what nobody reads is neither worked out nor sent."""
         observer = self._observer
         told = gather_objects((observer.writes, observer.reads_spectra))
-        self._rates_read = any(writes for writes, _ in told)
+        rates_read = any(writes for writes, _ in told)
+        if rates_read:
+            self._recorder = StepRecorder(
+                self._layer_groups.parts_in(self._catalog),
+                list(self.matrix_index),
+                self._device,
+                updates=self.config.log_relative_update,
+            )
         self._engine.readers = [rank for rank, (_, reads) in enumerate(told) if reads]
-        every_matrix = self._rates_read and self.config.log_matrices == "all"
+        every_matrix = rates_read and self.config.log_matrices == "all"
         if every_matrix and len(self.matrix_index) > _MANY:
             observer.say(
                 f"{len(self.matrix_index)} matrices, each with rows and curves of its own; "
@@ -219,10 +225,11 @@ class LayerwiseController:
             here = self._layer_groups.matrices
             now = self._schedule.multipliers(self.next_update, here)
             self._layer_groups.set_multipliers(now)
-        self._layer_groups.arm(record=self._logged(self.next_update))
+        if self._recorder is not None:
+            self._recorder.arm(record=self._logged(self.next_update))
 
     def _logged(self, update: int) -> bool:
-        return self._rates_read and update % self._observer.log_interval == 0
+        return self._recorder is not None and update % self._observer.log_interval == 0
 
     def _measure(self) -> None:
         """Measure before the next update, and hand its targets to the schedule."""
@@ -288,24 +295,18 @@ class LayerwiseController:
     def _observe_rates(self, done: int) -> None:
         """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
         assert self._schedule is not None
-        matrices = list(self.matrix_index)
-        sums = self._layer_groups.local_sums(self._catalog, matrices, self._device)
+        assert self._recorder is not None
+        sums = self._recorder.local_sums()
         with exchange("the log of learning rates"):
-            dist.all_reduce(sums)
+            dist.all_reduce(sums.table)
         if not self._observer.writes:
             return
         used = self._schedule.multipliers(done)
+        numel = [info.numel for info in self.matrix_index.values()]
+        rows = zip(self.matrix_index, *MatrixSums(sums.table.cpu()).ratios(numel), strict=True)
         rates: dict[str, MatrixRates] = {}
-        for matrix, (squares, count, weighted_rate, changes, recorded) in zip(
-            matrices, sums.tolist(), strict=True
-        ):
-            # Replicas bring equal shares: the ratio of element counts is their number.
-            norm = (squares * self.matrix_index[matrix].numel / count) ** 0.5 if count else 0.0
-            factor = used[matrix] if self._on_rate else 1.0
-            rate = weighted_rate / count * factor if count else math.nan
+        for matrix, norm, base_rate, relative in rows:
+            rate = base_rate * (used[matrix] if self._on_rate else 1.0)
             effective = rate / norm if norm > 0 else math.nan
-            # The number of replicas cancels; what was recorded in part alone says nothing.
-            known = count and recorded == count
-            relative = (changes / squares) ** 0.5 if known and squares != 0 else None
             rates[matrix] = MatrixRates(used[matrix], rate, effective, relative)
         self._observer.stepped(done, rates)

@@ -4,7 +4,8 @@ Three ways, chosen at every step: the optimizer's own step while all multipliers
 launch (`fused_adam`), or param groups that exist only during the step (`grouped`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,6 @@ from megatron_llr.param_groups.fused_adam import fused_step
 from megatron_llr.param_groups.grouped import GroupedStep
 from megatron_llr.param_groups.probe import Stepping
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.updates import UpdateRecorder
 from megatron_llr.param_groups.views import Part
 
 
@@ -34,7 +34,7 @@ class InnerGroups:
     Attributes:
         multipliers: of the next step; empty for the optimizer's own step.
         grouped: the grouped way.
-        recorder: records what a step changes, where asked for.
+        around_step: makes a context in which the optimizer steps, all its hooks included.
 
     Raises:
         ValueError: if `step` is fused and the optimizer cannot be stepped so.
@@ -53,7 +53,7 @@ class InnerGroups:
         self.parts = parts
         self.matrices = list(dict.fromkeys(m for _, found in parts.values() for m, _ in found))
         self.multipliers: Mapping[str, float] = {}
-        self.recorder: UpdateRecorder | None = None
+        self.around_step: Callable[[], AbstractContextManager[None]] | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
         self._rates: list[tuple[Any, list[torch.Tensor]]] = []
@@ -70,19 +70,20 @@ class InnerGroups:
         """Whether the matrices in a tensor must share one multiplier."""
         return self._fused is None and self.grouped.is_inseparable(tensor)
 
-    def base_rates(self) -> dict[int, float]:
-        """Id of a stepped tensor -> base learning rate that the last step used for it."""
-        return {id(tensor): float(rate) for rate, tensors in self._rates for tensor in tensors}
+    @property
+    def base_rates(self) -> list[tuple[Any, list[torch.Tensor]]]:
+        """Base learning rates that the last step used, each with the tensors that it was for."""
+        return self._rates
 
     def _replace_step(self) -> None:
         inner: Any = self.optimizer
         own_step = inner.step
 
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.recorder is None:
+            if self.around_step is None:
                 return self._step(own_step, *args, **kwargs)
             # Around all hooks, since other post-hooks may copy weights back.
-            with self.recorder.around_step():
+            with self.around_step():
                 return self._step(own_step, *args, **kwargs)
 
         # Bound, as torch's schedulers of learning rates expect of a step that they wrap.

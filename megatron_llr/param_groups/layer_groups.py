@@ -1,6 +1,5 @@
-"""The layer groups of all inner optimizers on a rank, and what they know of norms and rates."""
+"""The layer groups of all inner optimizers on a rank."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,8 +9,10 @@ from megatron_llr.matrices.layout import flat_ranges
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.updates import UpdateRecorder, square_sum
 from megatron_llr.param_groups.views import Part
+
+Stepped = tuple[SteppedTensor, tuple[Part, ...]]
+"""A tensor that an optimizer steps, and the matrices in it."""
 
 
 class LayerGroups:
@@ -70,71 +71,23 @@ class LayerGroups:
         for inner in self._inner:
             inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
 
-    def record_updates(self, shards: Sequence[MatrixShard]) -> None:
-        """Make ready to record what a step changes; rows that the catalog leaves out do not count.
+    def parts_in(self, shards: Sequence[MatrixShard]) -> list[tuple[InnerGroups, list[Stepped]]]:
+        """Every inner optimizer, and the parts of matrices in the tensors that it steps.
 
         Args:
-            shards: catalog of this rank, as `local_sums` gets it.
+            shards: catalog of this rank; rows that it leaves out (padding) are in no part.
         """
         by_parameter = _by_parameter(shards)
-        for inner in self._inner:
-            inner.recorder = UpdateRecorder(
+        return [
+            (
+                inner,
                 [
-                    (master, _parts(master, by_parameter[id(master.parameter)]))
-                    for master, _ in inner.parts.values()
-                ]
+                    (stepped, _parts(stepped, by_parameter[id(stepped.parameter)]))
+                    for stepped, _ in inner.parts.values()
+                ],
             )
-
-    def arm(self, *, record: bool) -> None:
-        """Whether the next step is recorded; `record_updates` comes first."""
-        for inner in self._inner:
-            if inner.recorder is not None:
-                inner.recorder.armed = record
-
-    @torch.no_grad()
-    def local_sums(
-        self, shards: Sequence[MatrixShard], matrices: Sequence[str], device: torch.device
-    ) -> torch.Tensor:
-        """What this rank knows of norms, rates and updates, to be summed over the job.
-
-        Replicas bring equal shares, so sums over all ranks divided by the summed number of elements
-        are exact whatever is sharded or replicated.
-
-        Args:
-            shards: catalog of this rank; rows that it leaves out (padding) do not count.
-            matrices: ids, in the order of the result.
-            device: where the result is to lie.
-
-        Returns:
-            [len(matrices), 5] fp64: sum of squares, number of elements, number of elements times
-            the base learning rate of the last step, sum of squares of what that step changed, and
-            number of elements whose change was recorded.
-        """
-        index = {matrix: row for row, matrix in enumerate(matrices)}
-        known = [[0.0] * 5 for _ in matrices]
-        cells: list[tuple[int, int]] = []
-        squares: list[torch.Tensor] = []
-        by_parameter = _by_parameter(shards)
-        for inner in self._inner:
-            rates = inner.base_rates()
-            for master, _ in inner.parts.values():
-                rate = rates.get(id(master.tensor), math.nan)
-                flat = master.tensor.detach().view(-1)
-                for matrix, ranges in _parts(master, by_parameter[id(master.parameter)]):
-                    count = sum(last - first for first, last in ranges)
-                    known[index[matrix]][1] += count
-                    known[index[matrix]][2] += count * rate
-                    squares.append(square_sum(flat, ranges))
-                    cells.append((index[matrix], 0))
-            for matrix, count, changed in inner.recorder.take() if inner.recorder else ():
-                known[index[matrix]][4] += count
-                squares.append(changed)
-                cells.append((index[matrix], 3))
-        sums = torch.tensor(known, dtype=torch.float64).view(-1, 5)
-        if cells:
-            rows, columns = torch.tensor(cells).unbind(1)
-            sums.index_put_((rows, columns), torch.stack(squares).cpu(), accumulate=True)
-        return sums.to(device)
+            for inner in self._inner
+        ]
 
 
 def _by_parameter(shards: Sequence[MatrixShard]) -> dict[int, list[MatrixShard]]:

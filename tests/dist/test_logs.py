@@ -14,7 +14,7 @@ from layouts import HERE
 from megatron_llr import controller
 from megatron_llr.measurement import measure
 from megatron_llr.megatron import seams
-from megatron_llr.param_groups.layer_groups import LayerGroups
+from megatron_llr.param_groups.step_recorder import StepRecorder
 from megatron_llr.ranks import together
 from megatron_llr.telemetry.log_rows import MEASUREMENT_FIELDS, RATE_FIELDS
 from tests.reference import llr as reference
@@ -207,7 +207,7 @@ def test_blocks_and_roles_are_logged_instead_of_matrices(
 @pytest.mark.world_size(1, 2)
 def test_without_a_log_nothing_is_gathered_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "all_gather_in_batches", None)
-    monkeypatch.setattr(LayerGroups, "local_sums", None)
+    monkeypatch.setattr(StepRecorder, "__init__", None)
     run = train(FLAGS, "--exit-interval 2")
     assert run.controller._engine.measure().spectra == {}
 

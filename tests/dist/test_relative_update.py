@@ -152,6 +152,6 @@ def test_a_skipped_step_is_no_update(shared_dir: Path) -> None:
 @pytest.mark.world_size(1)
 def test_without_the_flag_nothing_is_recorded(shared_dir: Path) -> None:
     run = train(f"--llr-log-dir {shared_dir} --log-interval 4")
-    assert all(inner.recorder is None for inner in run.controller._layer_groups._inner)
+    assert all(inner.around_step is None for inner in run.controller._layer_groups._inner)
     with (shared_dir / "learning_rates.csv").open(newline="") as file:
         assert {row["relative_update"] for row in csv.DictReader(file)} == {""}

@@ -1,11 +1,13 @@
 """Layer groups on real torch optimizers: what they leave behind, and when they are there."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_llr.param_groups.updates import UpdateRecorder
+from megatron_llr.param_groups.inner_groups import InnerGroups
+from megatron_llr.param_groups.step_recorder import StepRecorder
 from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, RANGES, SETTINGS, WatchedAdamW, fused_groups
 
 
@@ -185,29 +187,39 @@ def test_weight_decay_scales_with_the_multiplier_or_does_not(decoupled: bool) ->
             )
 
 
+def recorder_of(groups: InnerGroups) -> StepRecorder:
+    sources = [(groups, list(groups.parts.values()))]
+    return StepRecorder(sources, list(RANGES), torch.device("cpu"), updates=True)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_what_a_step_changes_is_recorded_per_matrix(kind: str) -> None:
     """Without layer groups (before the first multipliers), with them, and only when armed."""
     tensor = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
     optimizer = OPTIMIZERS[kind]([{"params": [tensor]}])
     groups = fused_groups(optimizer, tensor, RANGES)
-    groups.recorder = UpdateRecorder(list(groups.parts.values()))
+    recorder = recorder_of(groups)
     for armed, multipliers in ((False, {}), (True, {}), (True, MULTIPLIERS), (False, MULTIPLIERS)):
-        groups.recorder.armed, groups.multipliers = armed, multipliers
+        groups.multipliers = multipliers
+        recorder.arm(record=armed)
         tensor.grad = torch.ones(8, 6)
         before = tensor.detach().double().view(-1).clone()
         optimizer.step()
         moved = tensor.detach().double().view(-1) - before
-        found = {matrix: (count, float(sum_)) for matrix, count, sum_ in groups.recorder.take()}
-        assert groups.recorder.take() == []
-        expected = {
-            matrix: (
-                sum(last - first for first, last in ranges),
-                pytest.approx(sum(float(moved[a:b].square().sum()) for a, b in ranges), rel=1e-5),
-            )
-            for matrix, ranges in RANGES.items()
-        }
-        assert found == (expected if armed else {})
+        sums, later = recorder.local_sums(), recorder.local_sums()
+        assert later.recorded.tolist() == later.changes.tolist() == [0.0] * 3
+        after = tensor.detach().double().view(-1)
+        counts = [sum(last - first for first, last in ranges) for ranges in RANGES.values()]
+        assert sums.elements.tolist() == counts
+        assert sums.recorded.tolist() == (counts if armed else [0.0] * 3)
+        for found, flat in ((sums.squares, after), (sums.changes, moved * armed)):
+            assert found.tolist() == [
+                pytest.approx(sum(float(flat[a:b].square().sum()) for a, b in ranges), rel=1e-5)
+                for ranges in RANGES.values()
+            ]
+        rates = (sums.weighted_rates / sums.elements).tolist()
+        # Before the first layer groups nobody has seen a rate.
+        assert rates == pytest.approx([0.01 if multipliers else math.nan] * 3, nan_ok=True)
 
 
 def test_a_failing_step_leaves_no_record() -> None:
@@ -219,8 +231,8 @@ def test_a_failing_step_leaves_no_record() -> None:
     optimizer = Broken([tensor], lr=0.1)
     groups = fused_groups(optimizer, tensor, RANGES)
     groups.multipliers = {}
-    groups.recorder = UpdateRecorder(list(groups.parts.values()))
-    groups.recorder.armed = True
+    recorder = recorder_of(groups)
+    recorder.arm(record=True)
     with pytest.raises(RuntimeError, match="boom"):
         optimizer.step()
-    assert groups.recorder.take() == []
+    assert recorder.local_sums().recorded.tolist() == [0.0] * 3

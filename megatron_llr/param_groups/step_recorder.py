@@ -1,0 +1,205 @@
+"""What a log of learning rates needs: norms of the weights, base rates, changes by a step."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_llr.param_groups.inner_groups import InnerGroups
+from megatron_llr.param_groups.square_sums import SquareSums
+from megatron_llr.param_groups.stepped_tensor import SteppedTensor
+from megatron_llr.param_groups.views import Part
+
+Recorded = Sequence[tuple[SteppedTensor, tuple[Part, ...]]]
+"""Stepped tensors of an inner optimizer, and what is recorded of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSums:
+    """Sums per matrix over the elements that a rank steps, in the order of the matrices.
+
+    Replicas bring equal shares: sums over all ranks, divided by the summed number of elements, are
+    exact whatever is sharded or replicated.
+
+    Attributes:
+        table: [5, matrices] fp64; its rows are the properties below. Ranks add it up.
+    """
+
+    table: torch.Tensor
+
+    @classmethod
+    def zeros(cls, matrices: int) -> "MatrixSums":
+        """Of no elements, on the CPU."""
+        return cls(torch.zeros(5, matrices, dtype=torch.float64))
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Sum of squares of the stepped tensors."""
+        return self.table[0]
+
+    @property
+    def elements(self) -> torch.Tensor:
+        """Number of elements."""
+        return self.table[1]
+
+    @property
+    def weighted_rates(self) -> torch.Tensor:
+        """Sum over all elements of the base learning rate of the last step."""
+        return self.table[2]
+
+    @property
+    def changes(self) -> torch.Tensor:
+        """Sum of squares of what the last step changed, where it was recorded."""
+        return self.table[3]
+
+    @property
+    def recorded(self) -> torch.Tensor:
+        """Number of elements whose change was recorded."""
+        return self.table[4]
+
+    def ratios(self, numel: Sequence[int]) -> Iterator[list[Any]]:
+        """What the sums of a whole job say of every matrix.
+
+        Args:
+            numel: elements of the whole matrices: over them, the count is the number of replicas.
+
+        Yields:
+            Frobenius norms (0 where no rank steps a matrix), base learning rates of the last step
+            (NaN where unknown), and the norms of its changes over those of the weights (None where
+            a part was not recorded).
+        """
+        whole = torch.tensor(numel, dtype=torch.float64)
+        norms = (self.squares * whole / self.elements).sqrt()
+        yield torch.where(self.elements > 0, norms, 0.0).tolist()
+        yield (self.weighted_rates / self.elements).tolist()
+        known = (self.elements > 0) & (self.recorded == self.elements) & (self.squares != 0)
+        pairs = zip(known.tolist(), (self.changes / self.squares).sqrt().tolist(), strict=True)
+        yield [ratio if recorded else None for recorded, ratio in pairs]
+
+
+class StepRecorder:
+    """Observes the steps of all inner optimizers on a rank; one that is not logged costs nothing.
+
+    Args:
+        sources: every inner optimizer, and what is recorded of it.
+        matrices: ids, in the order of the results.
+        device: where the results are to be.
+        updates: whether the changes by a logged step are recorded; a copy of the tensors then
+            lives as long as that step.
+        batched: False for a norm per matrix on CUDA too.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[InnerGroups, Recorded]],
+        matrices: Sequence[str],
+        device: torch.device,
+        *,
+        updates: bool,
+        batched: bool = True,
+    ) -> None:
+        rows = {matrix: row for row, matrix in enumerate(matrices)}
+        self._device = device
+        self._known = MatrixSums.zeros(len(rows))
+        every = [(each.tensor, parts) for _, found in sources for each, parts in found]
+        self._squares = SquareSums(every, rows, batched=batched)
+        self._rates = [_BaseRates(inner, found, rows) for inner, found in sources]
+        self._updates: list[_UpdateRecorder] = []
+        for (inner, found), rates in zip(sources, self._rates, strict=True):
+            elements = rates.elements_by_row(len(rows))
+            self._known.elements.add_(elements)
+            if updates:
+                tensors = [(each.tensor, parts) for each, parts in found]
+                squares = SquareSums(tensors, rows, batched=batched)
+                recorder = _UpdateRecorder(squares, elements, device)
+                inner.around_step = recorder.around_step
+                self._updates.append(recorder)
+
+    def arm(self, *, record: bool) -> None:
+        """Whether the next step is recorded."""
+        for recorder in self._updates:
+            recorder.armed = record
+
+    def local_sums(self) -> MatrixSums:
+        """What this rank knows after a step, on the device, to be summed over the job."""
+        known = MatrixSums(self._known.table.clone())
+        for rates in self._rates:
+            rates.add_to(known.weighted_rates)
+        changes = []
+        for recorder in self._updates:
+            change = recorder.take()
+            if change is not None:
+                changes.append(change)
+                known.recorded.add_(recorder.elements)
+        sums = MatrixSums(known.table.to(self._device, non_blocking=True))
+        sums.squares.copy_(self._squares.of_tensors(self._device))
+        for change in changes:
+            sums.changes.add_(change)
+        return sums
+
+
+class _BaseRates:
+    """Base learning rates of the last step of an inner optimizer, per matrix."""
+
+    def __init__(self, inner: InnerGroups, found: Recorded, rows: dict[str, int]) -> None:
+        parts = [(id(each.tensor), matrix, ranges) for each, ps in found for matrix, ranges in ps]
+        counts = [sum(last - first for first, last in ranges) for _, _, ranges in parts]
+        self._rows = torch.tensor([rows[matrix] for _, matrix, _ in parts], dtype=torch.int64)
+        self._elements = torch.tensor(counts, dtype=torch.float64)
+        self._inner = inner
+        self._tensors = [tensor for tensor, _, _ in parts]
+        self._grouped: list[list[int]] | None = None
+
+    def elements_by_row(self, rows: int) -> torch.Tensor:
+        """Number of elements of every matrix here: [rows] fp64."""
+        return torch.zeros(rows, dtype=torch.float64).index_add_(0, self._rows, self._elements)
+
+    def add_to(self, weighted: torch.Tensor) -> None:
+        """Add the elements of every matrix times their rate; NaN where no step was seen."""
+        rates = self._inner.base_rates
+        grouped = [[id(tensor) for tensor in tensors] for _, tensors in rates]
+        if grouped != self._grouped:
+            self._grouped = grouped
+            group_of = {tensor: n for n, tensors in enumerate(grouped) for tensor in tensors}
+            # The last one stands for tensors that no group has.
+            numbers = [group_of.get(tensor, len(grouped)) for tensor in self._tensors]
+            self._group_of = torch.tensor(numbers, dtype=torch.int64)
+        values = torch.tensor([*(float(r) for r, _ in rates), math.nan], dtype=torch.float64)
+        weighted.index_add_(0, self._rows, self._elements * values[self._group_of])
+
+
+class _UpdateRecorder:
+    """Squared norm of what one step of an inner optimizer changes, per matrix.
+
+    Attributes:
+        armed: whether the next step is recorded.
+        elements: recorded per matrix, [matrices] fp64 on the CPU.
+    """
+
+    def __init__(self, squares: SquareSums, elements: torch.Tensor, device: torch.device) -> None:
+        self.armed = False
+        self.elements = elements
+        self._squares, self._device = squares, device
+        self._changes: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Record the step inside, if armed; one that raises leaves no record."""
+        self._changes = None
+        if not self.armed:
+            yield
+            return
+        before = self._squares.snapshot()
+        yield
+        self._changes = self._squares.of_changes(before, self._device)
+
+    def take(self) -> torch.Tensor | None:
+        """Squared changes of the last step, [matrices] fp64; None if that was not recorded.
+
+        They can be taken once.
+        """
+        changes, self._changes = self._changes, None
+        return changes
