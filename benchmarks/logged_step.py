@@ -74,7 +74,7 @@ def observer(parts: Any, tensors: Any, *, batched: bool, updates: bool) -> Calla
     matrices = [matrix for _, found in parts.values() for matrix, _ in found]
     numel = [sum(b - a for a, b in r) for _, found in parts.values() for _, r in found]
     # The groups of a real step are not under test: one rate for all.
-    inner._note_rates(optimizer.param_groups)
+    inner._rates = [(group["lr"], group["params"]) for group in optimizer.param_groups]
     recorder = StepRecorder(
         [(inner, list(parts.values()))],
         matrices,

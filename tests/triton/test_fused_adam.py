@@ -287,7 +287,10 @@ def test_a_scheduler_of_torch_drives_the_rate(
         assert change[:20].tolist() == pytest.approx([rate] * 20, rel=1e-3)
         assert change[20:].tolist() == pytest.approx([2 * rate] * 28, rel=1e-3)
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
-    assert groups.base_rates() == {id(tensor): pytest.approx(RATE / 2)}
+    ((rate, tensors),) = groups.base_rates
+    assert rate == pytest.approx(RATE / 2)
+    assert len(tensors) == 1
+    assert tensors[0] is tensor
 
 
 def test_multiplier_1_everywhere_is_the_optimizers_own_step(device: str) -> None:
