@@ -7,17 +7,22 @@ Needs a GPU, torch and triton. In one run and in turn, over the same tensors:
 batched     the ranges of all matrices in one table of chunks, two launches
 per matrix  one norm for every matrix
 
-Figures are the median wall time from the call to the values on the CPU, on an idle GPU. "updates"
-adds the copy of the weights before the optimizer's step and the squared changes after it, but not
-the step. Launches are those of kernels and of copies, counted by torch.profiler. `--step-ms` is the
-time of a training step of the largest model, for the share that a log adds to it.
+Figures are the median wall time from the call to the values on the CPU, on an idle GPU. "with
+updates" adds the copy of the weights before the optimizer's step and the squared changes after it,
+but not the step. "rows" is the time to write the row of every matrix to a CSV file, or its scalars
+to TensorBoard, which does not depend on the GPU. Launches are those of kernels and of copies,
+counted by torch.profiler. `--step-ms` is the time of a training step of the last model, for the
+share that a log adds to it.
 """
 
 import argparse
+import functools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ from benchmarks.fused_adam import MODELS
 from benchmarks.fused_step import share_of_rank
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
+from megatron_llr.telemetry.csv_log import CsvLog
+from megatron_llr.telemetry.observer import MatrixRates, Observer
 from megatron_llr.telemetry.tables import text_table
 
 _WAYS = {"batched": True, "per matrix": False}
@@ -51,7 +58,9 @@ def launches(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         work()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiled.events() or ())
+    events = profiled.events() or ()
+    # The optimizer's own name is listed too.
+    return sum(e.device_type == DeviceType.CUDA and "Optimizer." not in e.name for e in events)
 
 
 def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -78,7 +87,7 @@ def observer(parts: Any, tensors: Any, *, batched: bool, updates: bool) -> Calla
     recorder = StepRecorder(
         [(inner, list(parts.values()))],
         matrices,
-        torch.device("cuda"),
+        tensors[0].device,
         updates=updates,
         batched=batched,
     )
@@ -90,6 +99,19 @@ def observer(parts: Any, tensors: Any, *, batched: bool, updates: bool) -> Calla
         return list(MatrixSums(recorder.local_sums().table.cpu()).ratios(numel))
 
     return observe
+
+
+def writers(folder: str, matrices: list[str]) -> dict[str, Callable[[], None]]:
+    """What writes the values of a logged step, by name."""
+    rates = {matrix: MatrixRates(2.0, 1e-3, 1e-4, 1e-3) for matrix in matrices}
+    csv_only = Observer(say=print, csv_log=CsvLog(folder))
+    csv_only.open(measured_up_to=0, rates_up_to=0)
+    observers = {"rows, CSV": csv_only}
+    if find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        observers["rows, TensorBoard"] = Observer(say=print, tensorboard=SummaryWriter(folder))
+    return {name: functools.partial(each.stepped, 1, rates) for name, each in observers.items()}
 
 
 def agreement(ways: dict[str, Callable[[], Any]]) -> float:
@@ -109,12 +131,15 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         for way, batched in _WAYS.items():
             key = f"{logged}, {way}"
             works[key] = observer(parts, tensors, batched=batched, updates=updates)
+    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
     first = {way: works[f"norms and rates, {way}"] for way in _WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        milliseconds = in_turn({**works, **writers(folder, matrices)}, repeats)
     return {
         "model": name,
         "elements": sum(tensor.numel() for tensor in tensors),
-        "matrices": sum(len(found) for _, found in parts.values()),
-        "milliseconds": in_turn(works, repeats),
+        "matrices": len(matrices),
+        "milliseconds": milliseconds,
         "launches": {key: launches(work) for key, work in works.items()},
         "largest relative difference of norms": agreement(first),
     }
@@ -146,7 +171,7 @@ def main() -> None:
             f"{result['largest relative difference of norms']:.1e}"
         )
         times, counts = result["milliseconds"], result["launches"]
-        rows = [(key, f"{ms:.3f}", str(counts[key])) for key, ms in times.items()]
+        rows = [(key, f"{ms:.3f}", str(counts.get(key, ""))) for key, ms in times.items()]
         print(text_table(("a logged step adds", "ms", "launches"), rows))
     last = results[-1]
     last["step, ms"] = given.step_ms

@@ -1,5 +1,6 @@
 """Matrix ids: the canonical names of logical matrices, their blocks, roles and order."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -37,6 +38,7 @@ def block_of(matrix: str) -> int | None:
     return int(found[2]) if found and found[1] == "block." else None
 
 
+@functools.cache
 def role_of(matrix: str) -> str:
     """What the matrix is for: one of `ROLES`, the same in every block and for every expert.
 

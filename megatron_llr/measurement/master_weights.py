@@ -152,11 +152,10 @@ class MasterWeights:
         ranks = dist.get_process_group_ranks(group)
         held = {self._names[id(p.parameter)]: p.tensor.detach() for p in self._by_group[key]}
         empty = next(iter(self._parameters.values())).new_empty(0, dtype=torch.float32)
-        outgoing = []
-        for rank in ranks:
-            wanted = self._wanted[rank]
-            pieces = [tensor.view(-1) for name, tensor in sorted(held.items()) if name in wanted]
-            outgoing.append(torch.cat([empty, *pieces]))
+        outgoing = [
+            [tensor.view(-1) for name, tensor in sorted(held.items()) if name in self._wanted[rank]]
+            for rank in ranks
+        ]
         wanted_here = self._wanted[dist.get_rank()]
         incoming = [
             [(name, *ends) for name, ends in sorted(ranges.items()) if name in wanted_here]
@@ -166,17 +165,22 @@ class MasterWeights:
         received = empty.new_empty(sum(sizes))
         dist.all_to_all_single(
             received,
-            torch.cat(outgoing),
+            torch.cat([empty, *(piece for pieces in outgoing for piece in pieces)]),
             output_split_sizes=sizes,
-            input_split_sizes=[part.numel() for part in outgoing],
+            input_split_sizes=[sum(piece.numel() for piece in pieces) for pieces in outgoing],
             group=group,
         )
         numel = {self._names[key]: p.numel() for key, p in self._parameters.items()}
         whole: dict[str, torch.Tensor] = {}
+        targets, sources = [], []
         for peer, part in zip(incoming, received.split(sizes), strict=True):
             offset = 0
             for name, start, stop in peer:
                 target = whole.setdefault(name, empty.new_empty(numel[name]))
-                target[start:stop] = part[offset : offset + stop - start]
+                targets.append(target[start:stop])
+                sources.append(part[offset : offset + stop - start])
                 offset += stop - start
+        if targets:
+            # A few launches on CUDA, however many slices there are.
+            torch._foreach_copy_(targets, sources)
         return whole

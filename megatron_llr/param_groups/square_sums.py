@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_llr.param_groups.fused_support import is_on_cuda
-from megatron_llr.param_groups.views import Part, windows
+from megatron_llr.param_groups.views import Part, Window, windows
 
 if TYPE_CHECKING:
     from megatron_llr.param_groups.squares_kernel import SquareTable
@@ -55,6 +55,7 @@ class SquareSums:
         batched: bool = True,
     ) -> None:
         self._parts = list(parts)
+        self._windows = [[windows(r, strided=True) for _, r in found] for _, found in parts]
         self._rows = rows
         self._batched = batched
         self._memory: list[int] | None = None
@@ -101,8 +102,7 @@ class SquareSums:
         self, sums: Sequence[torch.Tensor], flat: Sequence[torch.Tensor], device: torch.device
     ) -> torch.Tensor:
         if flat:
-            found = [p for (_, p), kind in zip(self._parts, self._kinds, strict=True) if not kind]
-            sums = [*sums, self._by_windows(flat, found)]
+            sums = [*sums, self._by_windows(flat)]
         if not sums:
             return torch.zeros(len(self._rows), dtype=torch.float64, device=device)
         total, *others = (each.to(device, non_blocking=True) for each in sums)
@@ -110,16 +110,16 @@ class SquareSums:
             total += other
         return total
 
-    def _by_windows(
-        self, flat: Sequence[torch.Tensor], parts: Sequence[tuple[Part, ...]]
-    ) -> torch.Tensor:
-        """[rows] fp64, on the CPU; one copy per device."""
+    def _by_windows(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of the tensors that no table has: [rows] fp64, on the CPU; one copy per device."""
+        every = zip(self._parts, self._windows, self._kinds, strict=True)
+        chosen = [(parts, shown) for (_, parts), shown, kind in every if kind is None]
         cells: dict[torch.device, list[int]] = defaultdict(list)
         squares: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-        for tensor, found in zip(flat, parts, strict=True):
-            for matrix, ranges in found:
+        for tensor, (parts, shown) in zip(flat, chosen, strict=True):
+            for (matrix, _), of_matrix in zip(parts, shown, strict=True):
                 cells[tensor.device].append(self._rows[matrix])
-                squares[tensor.device].append(_square_sum(tensor, ranges))
+                squares[tensor.device].append(_square_sum(tensor, of_matrix))
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
         for place, rows in cells.items():
             values = torch.stack(squares[place]).cpu()
@@ -159,11 +159,10 @@ class SquareSums:
         return SquareTable.of([tensor.detach() for tensor, _ in chosen], ranges, len(self._rows))
 
 
-def _square_sum(flat: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Sum of squares over ranges of a flattened tensor: fp64, no dimensions, on its device."""
+def _square_sum(flat: torch.Tensor, shown: Sequence[Window]) -> torch.Tensor:
+    """Sum of squares in windows of a flattened tensor: fp64, no dimensions, on its device."""
     norms: list[torch.Tensor] = [
-        torch.linalg.vector_norm(window.of(flat), dtype=torch.float64)
-        for window in windows(ranges, strided=True)
+        torch.linalg.vector_norm(window.of(flat), dtype=torch.float64) for window in shown
     ]
     if len(norms) == 1:
         return norms[0].square()

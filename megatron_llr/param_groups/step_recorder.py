@@ -112,8 +112,9 @@ class StepRecorder:
             elements = rates.elements_by_row(len(rows))
             self._known.elements.add_(elements)
             if updates:
-                tensors = [(each.tensor, parts) for each, parts in found]
-                squares = SquareSums(tensors, rows, batched=batched)
+                own = [(each.tensor, parts) for each, parts in found]
+                single = len(sources) == 1
+                squares = self._squares if single else SquareSums(own, rows, batched=batched)
                 recorder = _UpdateRecorder(squares, elements, device)
                 inner.around_step = recorder.around_step
                 self._updates.append(recorder)

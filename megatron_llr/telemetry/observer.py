@@ -1,5 +1,6 @@
 """Carries measurements and learning rates to the files, the host's writers and the console."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +42,7 @@ class ScalarWriter(Protocol):
         """Record one value."""
 
 
+@functools.cache
 def _series(matrix: str) -> str:
     """Name of a matrix in a scalar's tag: role first, so that a role's curves lie together."""
     words = [_group_series(matrix)]
@@ -54,6 +56,7 @@ def _series(matrix: str) -> str:
     return "/".join(words)
 
 
+@functools.cache
 def _group_series(matrix: str) -> str:
     """Name of a matrix's block and role in a scalar's tag: `up/block_003`, `q/mtp_000`."""
     key = block_key(matrix)
@@ -184,8 +187,7 @@ class Observer:
 
         def write() -> None:
             if self._tensorboard is not None:
-                for name, value in scalars.items():
-                    self._tensorboard.add_scalar(name, value, iteration)
+                _add_scalars(self._tensorboard, scalars, iteration)
             if self._wandb is not None:
                 # A step ahead of the host's, or a row closed here, and W&B drops what the host logs
                 # next; a step behind it, and W&B drops ours.
@@ -206,6 +208,23 @@ class Observer:
             elif spread is not None:
                 scalars.update(_named(series, spread))
         return scalars
+
+
+def _add_scalars(to: ScalarWriter, scalars: Mapping[str, float], step: int) -> None:
+    """As `add_scalar` of each; in one event where the writer is torch's SummaryWriter.
+
+    An event per scalar takes 0.1 ms: with hundreds of matrices that is most of a logged step.
+    """
+    file_writer: Any = getattr(to, "file_writer", None)
+    # tensorboardX has the attribute too, and protocol buffers of its own.
+    if type(file_writer).__module__ != "torch.utils.tensorboard.writer":
+        for name, value in scalars.items():
+            to.add_scalar(name, value, step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    file_writer.add_summary(Summary(value=values), step)
 
 
 def _named(tag: str, spread: Spread) -> dict[str, float]:

@@ -181,3 +181,21 @@ def test_the_role_table_shows_what_was_not_measured() -> None:
     assert table[2].split() == ["head", "1", "-", "5.000", "to", "5.000"]
     assert table[0].split() == ["role", "matrices", "mean", "alpha_hill_median", "multiplier"]
     assert "  mean alpha_ks  " in role_table({"up": 1, "head": 1}, alphas, factors, "ks")
+
+
+def test_torchs_writer_gets_all_scalars_of_a_tag_in_one_event(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+    stand_in = Recorder()
+    rates = {f"block.{n}.mlp.up": MatrixRates(n + 1.0, 1e-3, 1e-4, 3e-3) for n in range(5)}
+    for to in (writer, stand_in):
+        Observer(say=print, tensorboard=to).stepped(7, rates)
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert {tag: len(values) for tag, values in found.items()} == dict.fromkeys(found, 1)
+    assert {values[0].step for values in found.values()} == {7}
+    read = {tag: values[0].value for tag, values in found.items()}
+    assert read == pytest.approx(stand_in.scalars, rel=1e-6)
