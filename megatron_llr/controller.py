@@ -28,7 +28,7 @@ _MANY = 2000
 
 
 class LayerwiseController:
-    """One run's layerwise learning rates. Made by `attach`.
+    """One run's layerwise learning rates. Made by `make_controller`.
 
     Call `prepare()` once, after the weights are loaded and before the first update; then
     `after_update()` after every successful update. Both are entered by all ranks.
@@ -136,7 +136,7 @@ class LayerwiseController:
         """Begin, or go on where a loaded state stood. Enter on all ranks, once.
 
         Args:
-            iteration: updates done before this run, where it was not known to `attach`.
+            iteration: updates done before this run, where it was not known to `make_controller`.
 
         Raises:
             ValueError: if the window for measurements has passed.

@@ -9,7 +9,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_llr.config import LLRConfig
 from megatron_llr.errors import user_error
-from megatron_llr.megatron.library import UNSTEPPABLE
+from megatron_llr.megatron.assembly import UNSTEPPABLE
 from megatron_llr.policy_table import summaries
 
 _PREFIX = "llr_"

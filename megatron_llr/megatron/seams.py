@@ -10,15 +10,20 @@ import megatron.core.datasets.utils as datasets_utils
 import megatron.training.training as training_module
 import torch.distributed as dist
 from megatron.training import get_args, print_rank_0
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import (
+    get_tensorboard_writer,
+    get_tokenizer,
+    get_wandb_writer,
+)
 
 from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.megatron import library
+from megatron_llr.megatron.assembly import name_weights
 from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
 from megatron_llr.megatron.same_start import draw_weights
-from megatron_llr.ranks import together
+from megatron_llr.ranks import require_equal, together
 from megatron_llr.telemetry.observer import Observer
 
 # The parameters that the seams rely on, by the name that is rebound.
@@ -27,6 +32,14 @@ _EXPECTED = {
     "get_optimizer_param_scheduler": ["optimizer"],
     "setup_model_and_optimizer": ["model_type", "model_provider_func", "checkpointing_context"],
 }
+
+
+def tokenizer_vocab_size() -> int:
+    """Tokens of the vocabulary, from the tokenizer that Megatron built.
+
+    `args.vocab_size` is None with most tokenizers.
+    """
+    return int(get_tokenizer().vocab_size)
 
 
 def _check_seams() -> None:
@@ -48,28 +61,24 @@ class _Seams:
         self.config = config
         self.controller: LayerwiseController | None = None
         self._setup = training_module.setup_model_and_optimizer
-        self._model_chunks: list[Any] = []
 
     def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
-        """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
-        self._model_chunks = model_chunks
+        """Build Megatron's optimizer and its layer groups, as the library does."""
         # The first place that all ranks come to with a process group.
         seed = get_args().seed
-        library.require_same_settings(self.config, seed=seed)
+        require_equal({"--seed": seed}, lambda setting: f"give every rank the same {setting}")
+        weights = name_weights(model_chunks, self.config, tokenizer_vocab_size())
         if self.config.same_start:
-            together(lambda: draw_weights(model_chunks, seed))
-        return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
+            together(lambda: draw_weights(model_chunks, weights.padded_shards, seed))
+        return library.build_optimizer(config, weights, **kwargs)
 
     def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:
-        """Stand where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
+        """Called where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
         args = get_args()
-        self.controller = library.attach(
-            self._model_chunks,
+        self.controller = library.make_controller(
             optimizer,
-            self.config,
             # set from --train-samples by now, if that is what was given
             total_updates=args.train_iters,
-            vocab_size=args.vocab_size,
             observer=_observer(self.config, args.log_interval),
         )
         return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
