@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llr import state
-from megatron_llr.config import WINDOW, LLRConfig, flag
+from megatron_llr.config import LLRConfig, flag, settings_of
 from megatron_llr.matrices.ids import role_of
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
@@ -177,7 +177,7 @@ class LayerwiseController:
     def _saved_window(self) -> dict[str, Any]:
         """What a loaded state says of the window: it holds, whatever this run's flags say."""
         timing = self._document["timing"] if self._document is not None else {}
-        return {field: timing[field] for field in WINDOW if field in timing}
+        return {name: timing[name] for name in settings_of(LLRConfig, "window") if name in timing}
 
     def _steppable(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """A saved schedule that this run's optimizer can step: it may have stepped parts before."""

@@ -1,13 +1,13 @@
 """What a run is assembled from, built once: agreed settings, named weights, layer groups."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.training import print_rank_0
 
-from megatron_llr.config import LLRConfig, flag
+from megatron_llr.config import LLRConfig, flag, shared_settings
 from megatron_llr.errors import user_error
 from megatron_llr.matrices.index import build_matrix_index
 from megatron_llr.matrices.info import MatrixIndex
@@ -34,9 +34,6 @@ UNSTEPPABLE: Mapping[str, str] = {
     "overlap_param_gather_with_optimizer_step": "it steps model chunks one by one, amid gathers",
 }
 """Settings of Megatron's OptimizerConfig that layer groups do not work with -> why."""
-
-# Settings that may differ from node to node without changing what is trained.
-_LOCAL_SETTINGS = frozenset({"log_dir"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +88,7 @@ def require_same_settings(config: LLRConfig, **others: Any) -> None:
         ValueError: if the file of `--llr-role-table` cannot be read.
         RuntimeError: naming the first setting that differs, its values and the ranks.
     """
-    settings = {
-        flag(field): value
-        for field, value in asdict(config).items()
-        if field not in _LOCAL_SETTINGS
-    }
+    settings = shared_settings(config)
     settings |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
     settings |= {"the version of torch": torch.__version__, **versions.versions()}
     require_equal(settings, lambda setting: f"give every rank the same {setting}")

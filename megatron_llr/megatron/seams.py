@@ -16,7 +16,7 @@ from megatron.training.global_vars import (
     get_wandb_writer,
 )
 
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, ScriptConfig, shared_settings
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.megatron import library
@@ -57,8 +57,9 @@ def _check_seams() -> None:
 class _Seams:
     """What takes the place of the rebound names during one run."""
 
-    def __init__(self, config: LLRConfig) -> None:
+    def __init__(self, config: LLRConfig, script: ScriptConfig) -> None:
         self.config = config
+        self.script = script
         self.controller: LayerwiseController | None = None
         self._setup = training_module.setup_model_and_optimizer
 
@@ -66,9 +67,12 @@ class _Seams:
         """Build Megatron's optimizer and its layer groups, as the library does."""
         # The first place that all ranks come to with a process group.
         seed = get_args().seed
-        require_equal({"--seed": seed}, lambda setting: f"give every rank the same {setting}")
+        require_equal(
+            {**shared_settings(self.script), "--seed": seed},
+            lambda setting: f"give every rank the same {setting}",
+        )
         weights = name_weights(model_chunks, self.config, tokenizer_vocab_size())
-        if self.config.same_start:
+        if self.script.same_start:
             together(lambda: draw_weights(model_chunks, weights.padded_shards, seed))
         return library.build_optimizer(config, weights, **kwargs)
 
@@ -79,7 +83,7 @@ class _Seams:
             optimizer,
             # set from --train-samples by now, if that is what was given
             total_updates=args.train_iters,
-            observer=_observer(self.config, args.log_interval),
+            observer=self._observer(args.log_interval),
         )
         return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
 
@@ -90,26 +94,25 @@ class _Seams:
         _, _, scheduler = built
         together(scheduler.restore_controller)
         self.controller.prepare(get_args().iteration)
-        if self.config.dry_run:
+        if self.script.dry_run:
             print_rank_0(self.controller.describe())
             dist.barrier()
             raise SystemExit(0)
         return built
 
-
-def _observer(config: LLRConfig, log_interval: int) -> Observer:
-    if config.dry_run:
-        # It only prints: what an earlier run wrote to the same places stays.
-        silent = dataclasses.replace(config, log_dir=None)
-        return library.make_observer(silent, log_interval=log_interval)
-    # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
-    return library.make_observer(
-        config,
-        tensorboard=get_tensorboard_writer(),
-        wandb=get_wandb_writer(),
-        wandb_step=_iteration_under_way,
-        log_interval=log_interval,
-    )
+    def _observer(self, log_interval: int) -> Observer:
+        if self.script.dry_run:
+            # It only prints: what an earlier run wrote to the same places stays.
+            silent = dataclasses.replace(self.config, log_dir=None)
+            return library.make_observer(silent, log_interval=log_interval)
+        # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
+        return library.make_observer(
+            self.config,
+            tensorboard=get_tensorboard_writer(),
+            wandb=get_wandb_writer(),
+            wandb_step=_iteration_under_way,
+            log_interval=log_interval,
+        )
 
 
 def _iteration_under_way() -> int:
@@ -121,7 +124,7 @@ def _iteration_under_way() -> int:
 
 
 @contextlib.contextmanager
-def installed(config: LLRConfig) -> Iterator[_Seams]:
+def installed(config: LLRConfig, script: ScriptConfig) -> Iterator[_Seams]:
     """Train with layerwise learning rates inside this context.
 
     Rebinds, in `megatron.training.training`: `get_megatron_optimizer`, `OptimizerParamScheduler`
@@ -131,7 +134,7 @@ def installed(config: LLRConfig) -> Iterator[_Seams]:
         RuntimeError: if one of them is not the function this package knows.
     """
     _check_seams()
-    seams = _Seams(config)
+    seams = _Seams(config, script)
     rebound = {
         "get_megatron_optimizer": seams.get_megatron_optimizer,
         "OptimizerParamScheduler": seams.scheduler,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from harness import train
 
 from megatron_llr import LLRConfig, state
-from megatron_llr.config import flag
+from megatron_llr.config import ScriptConfig, flag, shared_settings
 from megatron_llr.megatron import assembly, library, versions
 from megatron_llr.ranks import gather_objects, require_equal
 from megatron_llr.telemetry.observer import Observer
@@ -50,11 +50,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "log_matrices": {"log_matrices": "roles"},
     "log_relative_update": {"log_relative_update": True},
     "skip_unknown": {"skip_unknown": True},
-    "dry_run": {"dry_run": True},
     "reset_state": {"reset_state": True},
-    "same_start": {"same_start": True},
-    "fixed_validation": {"fixed_validation": True},
-    "device": {"device": "cpu"},
+}
+OTHERS_OF_THE_SCRIPT: dict[str, Any] = {
+    "dry_run": True,
+    "same_start": True,
+    "fixed_validation": True,
+    "device": "cpu",
 }
 LOCAL = {"log_dir"}
 
@@ -74,6 +76,7 @@ def told_everywhere(caught: pytest.ExceptionInfo[Exception]) -> str:
 def test_no_field_was_forgotten() -> None:
     """A new flag is compared, or is one of those that may differ."""
     assert set(OTHERS) | LOCAL == {field.name for field in fields(LLRConfig)}
+    assert set(OTHERS_OF_THE_SCRIPT) == {field.name for field in fields(ScriptConfig)}
 
 
 @pytest.mark.parametrize("field", OTHERS)
@@ -89,6 +92,14 @@ def test_a_flag_that_differs_is_named(field: str) -> None:
     assert f"; give every rank the same {flag(named)}" in text
     if field == "role_table":
         assert f"also {flag('role_table')}" in text
+
+
+@pytest.mark.parametrize("name", OTHERS_OF_THE_SCRIPT)
+def test_a_flag_of_the_script_that_differs_is_named(name: str) -> None:
+    other = ScriptConfig(**{name: OTHERS_OF_THE_SCRIPT[name]})
+    with pytest.raises(RuntimeError) as caught:
+        require_equal(shared_settings(by_rank(ScriptConfig(), other)), lambda _: "")
+    assert f"{flag(name)} differs between ranks" in told_everywhere(caught)
 
 
 def test_where_each_node_writes_may_differ() -> None:
