@@ -268,6 +268,11 @@ class ScriptConfig:
     dry_run: bool = field(default=False, metadata=_START)
     """Print every matrix with its shape, owner and starting multiplier, then stop."""
 
+    explain: str | None = field(default=None, metadata=_START)
+    """Id of a matrix, as block.3.attention.q. Before the first update, print why it has its
+    learning rate: shards, exponent, policy, target, ramp, base learning rate, weight decay. With
+    --llr-dry-run and --load: of the run that saved the checkpoint."""
+
     same_start: bool = field(default=False, metadata=_START)
     """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
     another layout begins at the same weights. Without it they are Megatron's own. Of the

@@ -23,7 +23,7 @@ from megatron_llr.megatron import library
 from megatron_llr.megatron.assembly import name_weights
 from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
 from megatron_llr.megatron.same_start import draw_weights
-from megatron_llr.ranks import require_equal, together
+from megatron_llr.ranks import gather_objects, require_equal, together
 from megatron_llr.telemetry.observer import Observer
 
 # The parameters that the seams rely on, by the name that is rebound.
@@ -94,6 +94,8 @@ class _Seams:
         _, _, scheduler = built
         together(scheduler.restore_controller)
         self.controller.prepare(get_args().iteration)
+        if self.script.explain is not None:
+            print_rank_0(_explanation(self.controller, self.script.explain))
         if self.script.dry_run:
             print_rank_0(self.controller.describe())
             dist.barrier()
@@ -113,6 +115,13 @@ class _Seams:
             wandb_step=_iteration_under_way,
             log_interval=log_interval,
         )
+
+
+def _explanation(controller: LayerwiseController, matrix: str) -> str:
+    """That of a rank which steps the matrix, so that it has the base learning rate."""
+    explanations = gather_objects(controller.explanation(matrix))
+    known = (each for each in explanations if each.base_rate is not None)
+    return str(next(known, explanations[0]))
 
 
 def _iteration_under_way() -> int:

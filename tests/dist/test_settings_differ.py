@@ -54,6 +54,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 OTHERS_OF_THE_SCRIPT: dict[str, Any] = {
     "dry_run": True,
+    "explain": "head",
     "same_start": True,
     "fixed_validation": True,
     "device": "cpu",

@@ -15,7 +15,7 @@ FLAGS = """
 --llr-random-seed --llr-weight-decay --llr-step --llr-embedding --llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows --llr-measure-memory
 --llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-reset-state
---llr-dry-run --llr-same-start --llr-fixed-validation --llr-device
+--llr-dry-run --llr-explain --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 
 
