@@ -50,7 +50,7 @@ def main() -> None:
     def timed_train_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal count, inner_step
         optimizer = args[3]
-        groups = optimizer.llr_layer_groups._inner
+        groups = optimizer.llr.layer_groups._inner
         multipliers = [dict(inner.multipliers) for inner in groups]
         extended = count % 2 == 0
         for inner in groups:

@@ -40,10 +40,10 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from megatron_llr import LLRConfig, attach, get_megatron_optimizer, state  # noqa: E402
+from megatron_llr import LLRConfig, get_megatron_optimizer, make_controller, state  # noqa: E402
 from megatron_llr.controller import LayerwiseController  # noqa: E402
 from megatron_llr.measurement import measure  # noqa: E402
-from megatron_llr.megatron import library  # noqa: E402
+from megatron_llr.megatron import assembly, library  # noqa: E402
 from megatron_llr.telemetry.csv_log import CsvLog  # noqa: E402
 from megatron_llr.telemetry.observer import Observer  # noqa: E402
 
@@ -150,7 +150,7 @@ def say(line: str) -> None:
 
 def time_steps(controller: LayerwiseController, optimizer: Any) -> None:
     """Print steps with layer groups over plain ones, in a ramp and after it: processor time."""
-    inner = optimizer.llr_layer_groups._inner
+    inner = optimizer.llr.layer_groups._inner
     ramp = controller.config.ramp_iters
     spent: dict[tuple[str, str], list[float]] = {}
     for count in range(2 * ramp):
@@ -231,9 +231,9 @@ def parse() -> argparse.Namespace:
 def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[Any, Any]:
     """Optimizer and controller of the model; prints what their parts took to build."""
     chunks = build_model(given)
-    clock.watch(library, "build_catalog", "catalog, twice")
-    clock.watch(library, "LayerGroups", "layer groups")
-    clock.watch(library, "build_matrix_index", "matrix_index")
+    clock.watch(assembly, "build_catalog", "catalog")
+    clock.watch(assembly, "LayerGroups", "layer groups")
+    clock.watch(assembly, "build_matrix_index", "matrix_index")
     clock.watch(library, "SpectrumEngine", "engine")
     config = LLRConfig(interval=100, ramp_iters=20, active_fraction=1.0)
     settings = OptimizerConfig(
@@ -243,10 +243,8 @@ def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[
         clip_grad=1.0,
         use_distributed_optimizer=given.distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(settings, chunks, llr=config)
-    controller = attach(
-        chunks, optimizer, config, total_updates=1000, iteration=1, observer=observer
-    )
+    optimizer = get_megatron_optimizer(settings, chunks, llr=config, vocab_size=256)
+    controller = make_controller(optimizer, total_updates=1000, iteration=1, observer=observer)
     names = tuple(clock.seconds)
     say(
         f"{len(controller.matrix_index)} matrices, {dist.get_world_size()} ranks, "

@@ -12,7 +12,11 @@ from megatron_llr.version import __version__
 if TYPE_CHECKING:
     from megatron_llr.config import LLRConfig
     from megatron_llr.controller import LayerwiseController
-    from megatron_llr.megatron.library import attach, get_megatron_optimizer
+    from megatron_llr.megatron.library import (
+        add_layer_groups,
+        get_megatron_optimizer,
+        make_controller,
+    )
     from megatron_llr.policies import assign_multipliers
     from megatron_llr.schedule import MultiplierSchedule
     from megatron_llr.spectrum import analyze_matrix
@@ -23,10 +27,11 @@ _HOMES = {
     "LayerwiseController": "megatron_llr.controller",
     "MultiplierSchedule": "megatron_llr.schedule",
     "SpectrumRecord": "megatron_llr.spectrum.record",
+    "add_layer_groups": "megatron_llr.megatron.library",
     "analyze_matrix": "megatron_llr.spectrum",
     "assign_multipliers": "megatron_llr.policies",
-    "attach": "megatron_llr.megatron.library",
     "get_megatron_optimizer": "megatron_llr.megatron.library",
+    "make_controller": "megatron_llr.megatron.library",
 }
 
 __all__ = [
@@ -35,10 +40,11 @@ __all__ = [
     "MultiplierSchedule",
     "SpectrumRecord",
     "__version__",
+    "add_layer_groups",
     "analyze_matrix",
     "assign_multipliers",
-    "attach",
     "get_megatron_optimizer",
+    "make_controller",
 ]
 
 

@@ -1,56 +1,54 @@
 """Every setting of the extension; the docstring of a field is the help text of its flag."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_llr.errors import user_error
+from megatron_llr.matrices.info import MIN_EIGENVALUES
 from megatron_llr.policy_table import POLICIES, names_a_function
 
 LLR_TABLE = "llr"
 """Value of `role_table` that names the built-in constants instead of a file."""
-ESTIMATORS = ("hill_median", "ks", "fix_finger")
-_MAPPINGS = ("linear", "quantile", "sqrt", "log2", "sigmoid", "rank")
-MAPPINGS = (*_MAPPINGS, *(f"block-{mapping}" for mapping in _MAPPINGS))
-GRANULARITIES = ("projection", "parameter", "role", "block")
-WEIGHT_DECAYS = ("coupled", "decoupled")
-EMBEDDING_POLICIES = ("max", "one", "measured")
-ROUTER_POLICIES = ("one", "policy")
-STEPS = ("auto", "fused", "grouped")
-SPECTRUM_SOURCES = ("model", "master")
-SPECTRA = ("exact", "sharded", "farms")
-LOG_MATRICES = ("all", "roles")
-DEVICES = ("auto", "cuda", "cpu")
 
-# Fields that give a saved state its meaning; the rest may change between runs.
-MEANINGFUL = (
-    "policy",
-    "min_multiplier",
-    "max_multiplier",
-    "estimator",
-    "mapping",
-    "inverse",
-    "quantile",
-    "mean_preserving",
-    "role_table",
-    "granularity",
-    "embedding",
-    "router",
-    "spectrum",
-    "spectrum_source",
-    "depth_floor",
-    "random_seed",
-    "farms_rows",
-    "farms_windows",
-)
-# Fields that only say when; a change holds from the next measurement on.
-TIMING = ("interval", "ramp_iters", "active_fraction", "active_iters", "weight_decay")
-# Those of them that a saved state answers: its window holds.
-WINDOW = ("active_fraction", "active_iters")
+Estimator = Literal["hill_median", "ks", "fix_finger"]
+ModelMapping = Literal["linear", "quantile", "sqrt", "log2", "sigmoid", "rank"]
+BlockMapping = Literal[
+    "block-linear", "block-quantile", "block-sqrt", "block-log2", "block-sigmoid", "block-rank"
+]
+MappingName = Literal[ModelMapping, BlockMapping]
+Granularity = Literal["projection", "parameter", "role", "block"]
+DecayMode = Literal["coupled", "decoupled"]
+StepWay = Literal["auto", "fused", "grouped"]
+EmbeddingPolicy = Literal["max", "one", "measured"]
+RouterPolicy = Literal["one", "policy"]
+SpectrumMode = Literal["exact", "sharded", "farms"]
+SpectrumSource = Literal["model", "master"]
+LogMatrices = Literal["all", "roles"]
+DeviceName = Literal["auto", "cuda", "cpu"]
+
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+
+Kind = Literal["meaning", "changeable", "window", "unsaved", "start", "local"]
+"""What a setting is to a saved state and to the other ranks: metadata of every field.
+
+meaning: gives the saved state its meaning; another value is refused when a run is resumed.
+changeable: another value holds from the resume on.
+window: the saved window holds; another value is reported as not taken.
+unsaved: not part of the saved state.
+start: only says how a run starts; not part of the saved state.
+local: may differ between ranks; not part of the saved state.
+"""
+_MEANING: dict[str, Kind] = {"kind": "meaning"}
+_CHANGEABLE: dict[str, Kind] = {"kind": "changeable"}
+_WINDOW: dict[str, Kind] = {"kind": "window"}
+_UNSAVED: dict[str, Kind] = {"kind": "unsaved"}
+_START: dict[str, Kind] = {"kind": "start"}
+_LOCAL: dict[str, Kind] = {"kind": "local"}
 
 
 def flag(field: str) -> str:
-    """The command-line flag of a field of `LLRConfig`."""
+    """The command-line flag of a setting."""
     return "--llr-" + field.replace("_", "-")
 
 
@@ -58,173 +56,140 @@ def flag(field: str) -> str:
 class LLRConfig:
     """Layerwise learning rates: how spectra become multipliers, and when."""
 
-    policy: str = "esd"
+    policy: str = field(default="esd", metadata=_MEANING)
     """What gives every matrix its multiplier: POLICIES; or package.module:function, a function of
     your own."""
 
-    min_multiplier: float = 1.0
+    min_multiplier: float = field(default=1.0, metadata=_MEANING)
     """Multiplier of the matrix with the heaviest tail."""
 
-    max_multiplier: float = 5.0
+    max_multiplier: float = field(default=5.0, metadata=_MEANING)
     """Multiplier of the matrix with the weakest tail."""
 
-    interval: int = 100
+    interval: int = field(default=100, metadata=_CHANGEABLE)
     """Updates from one measurement to the next."""
 
-    ramp_iters: int = 50
+    ramp_iters: int = field(default=50, metadata=_CHANGEABLE)
     """Updates over which multipliers move to their new targets; less than --llr-interval."""
 
-    active_fraction: float = 0.2
+    active_fraction: float = field(default=0.2, metadata=_WINDOW)
     """Share of the training iterations in which measurements are made; then multipliers freeze."""
 
-    active_iters: int | None = None
+    active_iters: int | None = field(default=None, metadata=_WINDOW)
     """Last update that a measurement may precede, instead of --llr-active-fraction."""
 
-    estimator: str = "hill_median"
+    estimator: Estimator = field(default="hill_median", metadata=_MEANING)
     """Tail exponent: hill_median (that of the published results), ks or fix_finger."""
 
-    mapping: str = "linear"
+    mapping: MappingName = field(default="linear", metadata=_MEANING)
     """How exponents become multipliers: linear between the smallest and the largest exponent (as
     published), quantile (the same between two quantiles), rank, or relative to the mean: sqrt,
     log2, sigmoid. With block- before it (block-linear) each block is mapped by itself."""
 
-    inverse: bool = False
+    inverse: bool = field(default=False, metadata=_MEANING)
     """Turn the direction round: the heaviest tail, or with a depth policy the last block, gets the
     largest multiplier."""
 
-    quantile: float = 0.05
+    quantile: float = field(default=0.05, metadata=_MEANING)
     """Share of the exponents clipped at either end by the quantile mappings."""
 
-    mean_preserving: bool = False
+    mean_preserving: bool = field(default=False, metadata=_MEANING)
     """Divide the multipliers by their mean, so that the mean over all matrices but embedding and
     head is 1. What --llr-embedding gives those two is not divided; what a policy's own table or
     formula gives them is."""
 
-    granularity: str = "projection"
+    granularity: Granularity = field(default="projection", metadata=_MEANING)
     """What shares a multiplier: projection (nothing: q, k, v, gate, up each its own), a Megatron
     parameter, a role over all blocks, or a block. The matrices that share get the mean of their
     multipliers, weighted by size."""
 
-    role_table: str | None = None
+    role_table: str | None = field(default=None, metadata=_MEANING)
     """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
     does not name, embedding and head among them, keep 1. Or llr: the constants that LLR converged
     to."""
 
-    depth_floor: float = 0.1
+    depth_floor: float = field(default=0.1, metadata=_MEANING)
     """Smallest multiplier of the depth policies, that of the last block (--llr-inverse: the
     first)."""
 
-    random_seed: int = 0
+    random_seed: int = field(default=0, metadata=_MEANING)
     """Seed of the permutation of the policy random."""
 
-    weight_decay: str = "coupled"
+    weight_decay: DecayMode = field(default="coupled", metadata=_CHANGEABLE)
     """coupled: decay scales with the multiplier, as AdamW multiplies it by the learning rate.
     decoupled: every matrix decays as at multiplier 1."""
 
-    step: str = "auto"
+    step: StepWay = field(default="auto", metadata=_UNSAVED)
     """How an optimizer steps its matrices at rates of their own. fused: all of them in one kernel
     launch, for Adam with fp32 weights and moments on CUDA. grouped: in param groups, for every
     element-wise optimizer. auto: fused where the optimizer can, else grouped."""
 
-    embedding: str = "max"
+    embedding: str = field(default="max", metadata=_MEANING)
     """Multiplier of embedding and head: max (that of --llr-max-multiplier, as published), one,
     measured (from their own spectra), or a number."""
 
-    router: str = "one"
+    router: RouterPolicy = field(default="one", metadata=_MEANING)
     """Multiplier of the routers of a mixture of experts, whose spectra are measured in any case:
     one, with the router left out when exponents are compared, or policy (what --llr-policy gives
     it, as one matrix among the others)."""
 
-    spectrum: str = "exact"
+    spectrum: SpectrumMode = field(default="exact", metadata=_MEANING)
     """exact: the spectrum of the whole matrix, the same on every layout. sharded: the pooled
     singular values of its tensor-parallel shards; cheaper, biased, depends on the layout. farms:
     the pooled spectra of square submatrices of the whole matrix (FARMS, arXiv 2506.06280), so that
     the exponent does not depend on its aspect ratio; dearer, the same on every layout."""
 
-    spectrum_source: str = "model"
+    spectrum_source: SpectrumSource = field(default="model", metadata=_MEANING)
     """Weights that are measured. model: those that the model computes with, quantised ones
     dequantised. master: the optimizer's fp32 copies, gathered for the measurement, which then takes
     memory for a rank's share of them."""
 
-    farms_rows: int = 2000
+    farms_rows: int = field(default=2000, metadata=_MEANING)
     """Side of the submatrices of --llr-spectrum farms, or the matrix's shorter side if less."""
 
-    farms_windows: int = 10
+    farms_windows: int = field(default=10, metadata=_MEANING)
     """Submatrices of --llr-spectrum farms along each side of a matrix, evenly spaced."""
 
-    measure_memory: float = 4.0
+    measure_memory: float = field(default=4.0, metadata=_UNSAVED)
     """GB that the spectra of a batch of matrices may take on a GPU, where matrices of equal smaller
     side are solved together. One matrix and its Gram matrix may exceed it. A CPU solves them one by
     one."""
 
-    log_dir: str | None = None
+    log_dir: str | None = field(default=None, metadata=_LOCAL)
     """Folder for measurements.csv and learning_rates.csv; none are written without it."""
 
-    log_relative_update: bool = False
+    log_relative_update: bool = field(default=False, metadata=_UNSAVED)
     """At every --log-interval also log the relative update of every matrix: the norm of what the
     update changed over the norm of the weights. Costs a copy of the weights that a rank's optimizer
     steps (4 bytes each in fp32), for the duration of such an update."""
 
-    log_matrices: str = "all"
+    log_matrices: LogMatrices = field(default="all", metadata=_UNSAVED)
     """What has rows in the CSV files, curves, and a line of --llr-dry-run: all (every matrix by
     itself) or roles (every role of every block: the experts of a block by mean, minimum and
     maximum; singular values are not kept). For models of thousands of experts."""
 
-    skip_unknown: bool = False
+    skip_unknown: bool = field(default=False, metadata=_UNSAVED)
     """Train weights that this package cannot name at multiplier 1, and say which, instead of
     refusing the model."""
 
-    dry_run: bool = False
-    """Print every matrix with its shape, owner and starting multiplier, then stop."""
-
-    reset_state: bool = False
+    reset_state: bool = field(default=False, metadata=_START)
     """Ignore the extension's state in the checkpoint and start the multipliers afresh."""
-
-    same_start: bool = False
-    """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
-    another layout begins at the same weights. Without it they are Megatron's own. Of the
-    pretraining script alone, like the next."""
-
-    fixed_validation: bool = False
-    """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters
-    batches in an order of their own. Without it Megatron goes on to other samples each time."""
-
-    device: str = "auto"
-    """Where the job runs: auto (cuda where there is a GPU), cuda or cpu."""
 
     def __post_init__(self) -> None:
         """Check every value; a wrong one is a ValueError that names its flag."""
-        self._check_choices()
+        if self.policy not in POLICIES and not names_a_function(self.policy):
+            raise _bad("policy", self.policy, f"{', '.join(POLICIES)}, or package.module:function")
+        _check_choices(self)
         self._check_multipliers()
         self._check_windows()
         self._check_timing()
         self.embedding_multiplier()
 
-    def _check_choices(self) -> None:
-        if self.policy not in POLICIES and not names_a_function(self.policy):
-            raise _bad("policy", self.policy, f"{', '.join(POLICIES)}, or package.module:function")
-        choices = {
-            "estimator": ESTIMATORS,
-            "mapping": MAPPINGS,
-            "granularity": GRANULARITIES,
-            "weight_decay": WEIGHT_DECAYS,
-            "step": STEPS,
-            "spectrum": SPECTRA,
-            "spectrum_source": SPECTRUM_SOURCES,
-            "router": ROUTER_POLICIES,
-            "log_matrices": LOG_MATRICES,
-            "device": DEVICES,
-        }
-        for field, allowed in choices.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                raise _bad(field, value, ", ".join(allowed))
-
     def _check_multipliers(self) -> None:
-        for field in ("min_multiplier", "max_multiplier"):
-            value = getattr(self, field)
+        for name in ("min_multiplier", "max_multiplier"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise _bad(field, value, "a finite number above 0")
+                raise _bad(name, value, "a finite number above 0")
         if self.min_multiplier > self.max_multiplier:
             raise _bad(
                 "min_multiplier",
@@ -247,9 +212,8 @@ class LLRConfig:
             raise _bad("weight_decay", self.weight_decay, allowed)
 
     def _check_windows(self) -> None:
-        # A tail is fitted to no fewer eigenvalues (records.MIN_EIGENVALUES).
-        if self.farms_rows < 50:
-            raise _bad("farms_rows", self.farms_rows, "a whole number from 50")
+        if self.farms_rows < MIN_EIGENVALUES:
+            raise _bad("farms_rows", self.farms_rows, f"a whole number from {MIN_EIGENVALUES}")
         if self.farms_windows < 1:
             raise _bad("farms_windows", self.farms_windows, "a whole number from 1")
 
@@ -283,19 +247,65 @@ class LLRConfig:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
-            allowed = ", ".join(EMBEDDING_POLICIES) + ", or a finite number above 0"
+            allowed = ", ".join(get_args(EmbeddingPolicy)) + ", or a finite number above 0"
             raise _bad("embedding", self.embedding, allowed)
         return value
 
     def meaning(self) -> dict[str, Any]:
-        """The fields that give saved state its meaning, as plain JSON values."""
-        values = asdict(self)
-        return {field: values[field] for field in MEANINGFUL}
+        """The settings that give saved state its meaning, as plain JSON values."""
+        return {name: getattr(self, name) for name in settings_of(LLRConfig, "meaning")}
 
     def timing(self) -> dict[str, Any]:
-        """The fields that may change between runs, as plain JSON values."""
-        values = asdict(self)
-        return {field: values[field] for field in TIMING}
+        """The settings that are saved and may change between runs, as plain JSON values."""
+        saved = settings_of(LLRConfig, "changeable", "window")
+        return {name: getattr(self, name) for name in saved}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptConfig:
+    """The pretraining script: where it runs and how it starts."""
+
+    dry_run: bool = field(default=False, metadata=_START)
+    """Print every matrix with its shape, owner and starting multiplier, then stop."""
+
+    explain: str | None = field(default=None, metadata=_START)
+    """Id of a matrix, as block.3.attention.q. Before the first update, print why it has its
+    learning rate: shards, exponent, policy, target, ramp, base learning rate, weight decay. With
+    --llr-dry-run and --load: of the run that saved the checkpoint."""
+
+    same_start: bool = field(default=False, metadata=_START)
+    """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
+    another layout begins at the same weights. Without it they are Megatron's own. Of the
+    pretraining script alone, like the next."""
+
+    fixed_validation: bool = field(default=False, metadata=_START)
+    """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters
+    batches in an order of their own. Without it Megatron goes on to other samples each time."""
+
+    device: DeviceName = field(default="auto", metadata=_START)
+    """Where the job runs: auto (cuda where there is a GPU), cuda or cpu."""
+
+    def __post_init__(self) -> None:
+        """Check every value; a wrong one is a ValueError that names its flag."""
+        _check_choices(self)
+
+
+def settings_of(config_type: type[LLRConfig | ScriptConfig], *kinds: Kind) -> tuple[str, ...]:
+    """Names of the settings of some kinds, in their order."""
+    return tuple(each.name for each in fields(config_type) if each.metadata["kind"] in kinds)
+
+
+def shared_settings(config: LLRConfig | ScriptConfig) -> dict[str, Any]:
+    """Flag -> value of all settings that must be the same on every rank."""
+    local = settings_of(type(config), "local")
+    return {flag(name): value for name, value in asdict(config).items() if name not in local}
+
+
+def _check_choices(config: LLRConfig | ScriptConfig) -> None:
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if get_origin(each.type) is Literal and value not in get_args(each.type):
+            raise _bad(each.name, value, ", ".join(get_args(each.type)))
 
 
 def _bad(field: str, got: object, allowed: str) -> ValueError:

@@ -1,7 +1,6 @@
 """The controller: measures when due, moves the multipliers, and knows the state of both."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llr import state
-from megatron_llr.config import WINDOW, LLRConfig, flag
+from megatron_llr.config import LLRConfig, flag, settings_of
 from megatron_llr.matrices.ids import role_of
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
@@ -21,7 +20,9 @@ from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multip
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
-from megatron_llr.telemetry.observer import MatrixRates, Observer
+from megatron_llr.telemetry.explanation import Explanation, explain_matrix, require_matrix
+from megatron_llr.telemetry.observer import Observer
+from megatron_llr.telemetry.rates import matrix_rates
 from megatron_llr.telemetry.tables import block_table, by_role, matrix_table, role_table
 
 # From so many matrices on the log names the flag that makes it shorter.
@@ -29,7 +30,7 @@ _MANY = 2000
 
 
 class LayerwiseController:
-    """One run's layerwise learning rates. Made by `attach`.
+    """One run's layerwise learning rates. Made by `make_controller`.
 
     Call `prepare()` once, after the weights are loaded and before the first update; then
     `after_update()` after every successful update. Both are entered by all ranks.
@@ -70,72 +71,14 @@ class LayerwiseController:
         self._schedule: MultiplierSchedule | None = None
         self._document: dict[str, Any] | None = None
         self._alphas: dict[str, float] = {}
-        self._last_measured: float | None = None
         self._recorder: StepRecorder | None = None
-
-    @property
-    def multipliers(self) -> dict[str, float]:
-        """Matrix id -> multiplier of the next update; 1 before `prepare`.
-
-        A factor on the learning rate or, with a policy that sets it, on the weight decay.
-        """
-        now = self._schedule.multipliers(self.next_update) if self._schedule else {}
-        return {matrix: now.get(matrix, 1.0) for matrix in self.matrix_index}
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        """Matrix id -> exponent (of `config.estimator`) that the last measurement found."""
-        return dict(self._alphas)
-
-    def role_summary(self) -> str:
-        """A table per role: mean exponent, range of multipliers."""
-        counts = Counter(role_of(matrix) for matrix in self.matrix_index)
-        alphas, factors = by_role(self._alphas), by_role(self.multipliers)
-        return role_table(counts, alphas, factors, self.config.estimator)
-
-    def describe(self) -> str:
-        """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as
-        `config.log_matrices` says, of every block and role.
-        """
-        table = block_table if self.config.log_matrices == "roles" else matrix_table
-        return table(self.matrix_index, self._engine.owners, self.multipliers)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state document: plain JSON values, identical on every rank.
-
-        Before `prepare` it is what was loaded, or empty, so that a checkpoint saved before training
-        loses nothing.
-        """
-        if self._schedule is None:
-            return dict(self._document or {})
-        return {
-            "version": state.VERSION,
-            "next_update": self.next_update,
-            "matrices": list(self.matrix_index),
-            "meaning": dict(self._meaning),
-            "timing": {**self.config.timing(), **self._saved_window()},
-            "schedule": self._schedule.state_dict(),
-            # JSON has no NaN.
-            "alphas": {m: None if math.isnan(a) else a for m, a in self._alphas.items()},
-        }
-
-    def load_state_dict(self, document: Mapping[str, Any]) -> None:
-        """Take a saved state document; `prepare` goes on from it.
-
-        Raises:
-            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
-        """
-        if self.config.reset_state or not document:
-            return
-        for line in state.check(document, self.config, self.matrix_index, self._meaning):
-            self._observer.say(line)
-        self._document = dict(document)
+        self._stepped = False
 
     def prepare(self, iteration: int | None = None) -> None:
         """Begin, or go on where a loaded state stood. Enter on all ranks, once.
 
         Args:
-            iteration: updates done before this run, where it was not known to `attach`.
+            iteration: updates done before this run, where it was not known to `make_controller`.
 
         Raises:
             ValueError: if the window for measurements has passed.
@@ -173,10 +116,135 @@ class LayerwiseController:
             self._measure()
         self._set_multipliers()
 
+    def after_update(self) -> None:
+        """Count a successful update; measure if one is due. Enter on all ranks."""
+        assert self._schedule is not None, "prepare() must come before after_update()"
+        done, self.next_update = self.next_update, self.next_update + 1
+        self._stepped = True
+        if self._logged(done):
+            self._observe_rates(done)
+        if self._schedule.due(self.next_update):
+            self._measure()
+        self._set_multipliers(moved=not self._schedule.settled(self.next_update))
+
+    def _measure(self) -> None:
+        """Measure before the next update: spectra, exponents, policy, targets of the schedule."""
+        assert self._schedule is not None
+        self._synchronize()
+        measurement = self._engine.measure()
+        alphas = self._exponents(measurement)
+        targets = self._targets(alphas)
+        shared = self._shared(targets)
+        self._schedule.observe(self.next_update, shared)
+        self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
+        # A policy may leave others out on purpose.
+        kept = [m for m, alpha in alphas.items() if m not in targets and not math.isfinite(alpha)]
+        self._observer.say_measured(
+            self.next_update, len(measurement.table), measurement.seconds, kept
+        )
+        self._observer.measured(
+            self.next_update, measurement.table, shared, self.matrix_index, measurement.spectra
+        )
+
+    def _set_multipliers(self, *, moved: bool = True) -> None:
+        """Give the layer groups the multipliers of the next update."""
+        assert self._schedule is not None
+        if moved:
+            here = self._layer_groups.matrices
+            now = self._schedule.multipliers(self.next_update, here)
+            self._layer_groups.set_multipliers(now)
+        if self._recorder is not None:
+            self._recorder.arm(record=self._logged(self.next_update))
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Matrix id -> multiplier of the next update; 1 before `prepare`.
+
+        A factor on the learning rate or, with a policy that sets it, on the weight decay.
+        """
+        now = self._schedule.multipliers(self.next_update) if self._schedule else {}
+        return {matrix: now.get(matrix, 1.0) for matrix in self.matrix_index}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Matrix id -> exponent (of `config.estimator`) that the last measurement found."""
+        return dict(self._alphas)
+
+    def role_summary(self) -> str:
+        """A table per role: mean exponent, range of multipliers."""
+        counts = Counter(role_of(matrix) for matrix in self.matrix_index)
+        alphas, factors = by_role(self._alphas), by_role(self.multipliers)
+        return role_table(counts, alphas, factors, self.config.estimator)
+
+    def describe(self) -> str:
+        """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as
+        `config.log_matrices` says, of every block and role.
+        """
+        table = block_table if self.config.log_matrices == "roles" else matrix_table
+        return table(self.matrix_index, self._engine.owners, self.multipliers)
+
+    def explain(self, matrix: str) -> str:
+        """Why a matrix has its learning rate: shape, shards, exponent, policy, target, ramp, rates.
+
+        Raises:
+            ValueError: if the model has no such matrix.
+        """
+        return str(self.explanation(matrix))
+
+    def explanation(self, matrix: str) -> Explanation:
+        """What `explain` says, as values. Needs no other rank.
+
+        The base learning rate and the weight decay are known to the ranks that step the matrix.
+        """
+        require_matrix(matrix, self.matrix_index)
+        return explain_matrix(
+            matrix,
+            self.config,
+            self.matrix_index,
+            owner=self._engine.owners.get(matrix),
+            alphas=self._alphas,
+            schedule=self._schedule,
+            shared=matrix in self._inseparable,
+            update=self.next_update - self._stepped,
+            done=self._stepped,
+            base=self._layer_groups.base_settings(matrix),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state document: plain JSON values, identical on every rank.
+
+        Before `prepare` it is what was loaded, or empty, so that a checkpoint saved before training
+        loses nothing.
+        """
+        if self._schedule is None:
+            return dict(self._document or {})
+        return {
+            "version": state.VERSION,
+            "next_update": self.next_update,
+            "matrices": list(self.matrix_index),
+            "meaning": dict(self._meaning),
+            "timing": {**self.config.timing(), **self._saved_window()},
+            "schedule": self._schedule.state_dict(),
+            # JSON has no NaN.
+            "alphas": {m: None if math.isnan(a) else a for m, a in self._alphas.items()},
+        }
+
+    def load_state_dict(self, document: Mapping[str, Any]) -> None:
+        """Take a saved state document; `prepare` goes on from it.
+
+        Raises:
+            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
+        """
+        if self.config.reset_state or not document:
+            return
+        for line in state.check(document, self.config, self.matrix_index, self._meaning):
+            self._observer.say(line)
+        self._document = dict(document)
+
     def _saved_window(self) -> dict[str, Any]:
         """What a loaded state says of the window: it holds, whatever this run's flags say."""
         timing = self._document["timing"] if self._document is not None else {}
-        return {field: timing[field] for field in WINDOW if field in timing}
+        return {name: timing[name] for name in settings_of(LLRConfig, "window") if name in timing}
 
     def _steppable(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """A saved schedule that this run's optimizer can step: it may have stepped parts before."""
@@ -208,53 +276,15 @@ class LayerwiseController:
                 f"{flag('log_matrices')} roles logs blocks and roles instead"
             )
 
-    def after_update(self) -> None:
-        """Count a successful update; measure if one is due. Enter on all ranks."""
-        assert self._schedule is not None, "prepare() must come before after_update()"
-        done, self.next_update = self.next_update, self.next_update + 1
-        if self._logged(done):
-            self._observe_rates(done)
-        if self._schedule.due(self.next_update):
-            self._measure()
-        self._set_multipliers(moved=not self._schedule.settled(self.next_update))
-
-    def _set_multipliers(self, *, moved: bool = True) -> None:
-        """Make ready for the next update."""
-        assert self._schedule is not None
-        if moved:
-            here = self._layer_groups.matrices
-            now = self._schedule.multipliers(self.next_update, here)
-            self._layer_groups.set_multipliers(now)
-        if self._recorder is not None:
-            self._recorder.arm(record=self._logged(self.next_update))
-
-    def _logged(self, update: int) -> bool:
-        return self._recorder is not None and update % self._observer.log_interval == 0
-
-    def _measure(self) -> None:
-        """Measure before the next update, and hand its targets to the schedule."""
-        assert self._schedule is not None
-        self._synchronize()
-        measurement = self._engine.measure()
-        alphas = self._exponents(measurement)
-        targets = self._targets(alphas)
-        # A policy may leave others out on purpose.
-        kept = [m for m, alpha in alphas.items() if m not in targets and not math.isfinite(alpha)]
-        # What is too small to be measured is at 1, whatever it last shared with others.
-        before = {m: v for m, v in self._schedule.targets.items() if self.matrix_index[m].tunable}
-        shared = share_multipliers(
-            {**before, **targets},
-            self.matrix_index,
-            self.config.granularity,
-            self._inseparable,
-            held_at_one(self.matrix_index, self.config),
-        )
-        self._schedule.observe(self.next_update, shared)
-        self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
-        self._report(measurement, kept)
-        self._observer.measured(
-            self.next_update, measurement.table, shared, self.matrix_index, measurement.spectra
-        )
+    def _exponents(self, measurement: Measurement) -> dict[str, float]:
+        """Exponent of every tunable matrix; NaN where there is none."""
+        exponents = {}
+        for matrix, info in self.matrix_index.items():
+            if info.tunable:
+                record = measurement.table.get(matrix)
+                alpha = record.alpha(self.config.estimator) if record else None
+                exponents[matrix] = math.nan if alpha is None else alpha
+        return exponents
 
     def _targets(self, alphas: Mapping[str, float]) -> dict[str, float]:
         targets = together(lambda: targets_for(alphas, self.config))
@@ -266,31 +296,21 @@ class LayerwiseController:
             )
         return targets
 
-    def _exponents(self, measurement: Measurement) -> dict[str, float]:
-        """Exponent of every tunable matrix; NaN where there is none."""
-        exponents = {}
-        for matrix, info in self.matrix_index.items():
-            if info.tunable:
-                record = measurement.table.get(matrix)
-                alpha = record.alpha(self.config.estimator) if record else None
-                exponents[matrix] = math.nan if alpha is None else alpha
-        return exponents
-
-    def _report(self, measurement: Measurement, kept: list[str]) -> None:
-        now, share = time.perf_counter(), ""
-        if self._last_measured is not None:
-            percent = 100 * measurement.seconds / (now - self._last_measured)
-            share = f" ({percent:.1f} % of the time since the last measurement)"
-        self._last_measured = now
-        self._observer.say(
-            f"measured {len(measurement.table)} matrices before update {self.next_update} in "
-            f"{measurement.seconds:.2f} s{share}"
+    def _shared(self, targets: Mapping[str, float]) -> dict[str, float]:
+        """Targets of all matrices, equal where `--llr-granularity` or an optimizer demands it."""
+        assert self._schedule is not None
+        # What is too small to be measured is at 1, whatever it last shared with others.
+        before = {m: v for m, v in self._schedule.targets.items() if self.matrix_index[m].tunable}
+        return share_multipliers(
+            {**before, **targets},
+            self.matrix_index,
+            self.config.granularity,
+            self._inseparable,
+            held_at_one(self.matrix_index, self.config),
         )
-        if kept:
-            self._observer.say(
-                f"no usable exponent, multiplier kept: {', '.join(kept[:8])}"
-                + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
-            )
+
+    def _logged(self, update: int) -> bool:
+        return self._recorder is not None and update % self._observer.log_interval == 0
 
     def _observe_rates(self, done: int) -> None:
         """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
@@ -303,10 +323,8 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        rows = zip(self.matrix_index, *MatrixSums(sums.table.cpu()).ratios(numel), strict=True)
-        rates: dict[str, MatrixRates] = {}
-        for matrix, norm, base_rate, relative in rows:
-            rate = base_rate * (used[matrix] if self._on_rate else 1.0)
-            effective = rate / norm if norm > 0 else math.nan
-            rates[matrix] = MatrixRates(used[matrix], rate, effective, relative)
+        norms, base_rates, relative = MatrixSums(sums.table.cpu()).ratios(numel)
+        rates = matrix_rates(
+            self.matrix_index, norms, base_rates, relative, used, on_rate=self._on_rate
+        )
         self._observer.stepped(done, rates)

@@ -15,18 +15,22 @@ class PolicyRow:
         path: its function, as `module:name` (`megatron_llr.policies.registry.Policy`).
         summary: a few words for `--help`.
         acts_on: what the multipliers multiply: `learning_rate` or `weight_decay`.
+        mapped: whether `--llr-mapping` and its bounds turn exponents into the multipliers.
     """
 
     path: str
     summary: str
     acts_on: str = LEARNING_RATE
+    mapped: bool = False
 
 
 _HERE = "megatron_llr.policies."
 
 POLICIES: dict[str, PolicyRow] = {
     "esd": PolicyRow(
-        _HERE + "assign:assign_multipliers", "LLR, arXiv 2605.22297: heavier tail, smaller rate"
+        _HERE + "assign:assign_multipliers",
+        "LLR, arXiv 2605.22297: heavier tail, smaller rate",
+        mapped=True,
     ),
     "uniform": PolicyRow(
         _HERE + "constant:uniform", "every multiplier 1, spectra still measured: the control run"
@@ -40,13 +44,18 @@ POLICIES: dict[str, PolicyRow] = {
     "depth-exponential": PolicyRow(_HERE + "depth:exponential", "the same, exponentially"),
     "depth-cosine": PolicyRow(_HERE + "depth:cosine", "the same, along half a cosine"),
     "random": PolicyRow(
-        _HERE + "shuffled:random", "the multipliers of esd, permuted (--llr-random-seed)"
+        _HERE + "shuffled:random",
+        "the multipliers of esd, permuted (--llr-random-seed)",
+        mapped=True,
     ),
-    "inverse": PolicyRow(_HERE + "shuffled:inverse", "esd turned round: heavier tail, larger rate"),
+    "inverse": PolicyRow(
+        _HERE + "shuffled:inverse", "esd turned round: heavier tail, larger rate", mapped=True
+    ),
     "alphadecay": PolicyRow(
         _HERE + "alphadecay:alphadecay",
         "arXiv 2506.14562: heavier tail, smaller weight decay; rates stay as they are",
         WEIGHT_DECAY,
+        mapped=True,
     ),
 }
 

@@ -110,6 +110,18 @@ class MultiplierSchedule:
             return True
         return s != self._observed_at and self._progress(s - 1) >= 1.0
 
+    @property
+    def measured_at(self) -> int | None:
+        """Update that the last measurement preceded."""
+        return self._observed_at
+
+    def ramp_at(self, s: int) -> tuple[int, int]:
+        """Updates of the last ramp up to and including update s, and the length of the ramp."""
+        if self._observed_at is None:
+            return 0, 0
+        length = 1 if self._observed_at == 1 else self._current_ramp + 1
+        return min(max(s - self._observed_at + 1, 0), length), length
+
     def _progress(self, s: int) -> float:
         """Share of the way from old to new at update s, 0 to 1."""
         assert self._observed_at is not None

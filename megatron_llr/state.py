@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_llr.config import WINDOW, LLRConfig, flag
+from megatron_llr.config import LLRConfig, flag, settings_of
 from megatron_llr.errors import user_error
 from megatron_llr.matrices.info import MatrixIndex
 
@@ -149,7 +149,7 @@ def check(
     kept = f"the saved window to update {document['schedule']['window_end']} holds"
     return [
         f"{flag(field)} {timing[field]} is not taken (was {value}): {kept}"
-        if field in WINDOW
+        if field in settings_of(LLRConfig, "window")
         else f"{flag(field)} is {timing[field]}, was {value} when the state was saved"
         for field, value in document["timing"].items()
         if field in timing and timing[field] != value

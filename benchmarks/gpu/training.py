@@ -49,8 +49,8 @@ def _time_steps(training: Any, watch: _Watch, *, in_turn: bool) -> None:
 
     def timed_train_step(*args: Any, **kwargs: Any) -> Any:
         optimizer = args[3]
-        groups = getattr(optimizer, "llr_layer_groups", None)
-        inner = groups._inner if groups is not None and in_turn else []
+        assembly = getattr(optimizer, "llr", None)
+        inner = assembly.layer_groups._inner if assembly is not None and in_turn else []
         kept = [one.multipliers for one in inner]
         plain = len(watch.seconds.get("with", [])) > len(watch.seconds.get("without", []))
         state["kind"] = "without" if in_turn and plain else "with"
@@ -140,14 +140,13 @@ def train(
         job.use_prebuilt_dataset_helpers()
         job.run_loop(parse_and_validate_args(extra_args_provider=job.add_llr_arguments))
     args = get_args()
-    groups = getattr(kept[0], "llr_layer_groups", None)
+    assembly = getattr(kept[0], "llr", None)
+    inner = assembly.layer_groups._inner if assembly is not None else []
     return {
         "losses": watch.losses,
         "seconds": watch.seconds,
         "measured": watch.measured,
         "peak_bytes": int(torch.cuda.max_memory_allocated()),
         "tokens": args.global_batch_size * args.seq_length,
-        "stepping": sorted({f"{type(i.optimizer).__name__}: {i.stepping}" for i in groups._inner})
-        if groups is not None
-        else [],
+        "stepping": sorted({f"{type(i.optimizer).__name__}: {i.stepping}" for i in inner}),
     }

@@ -26,7 +26,8 @@ from megatron_llr.megatron.weight_names import (
     find_rule,
 )
 
-_VOCABULARY = ("embedding", "head")
+VOCABULARY = ("embedding", "head")
+"""Matrices with a row per token of the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +112,24 @@ def _shards(
         )
 
 
-def _clip_rows(shard: MatrixShard, rows: int | None) -> MatrixShard:
-    """Leave out rows that only pad the vocabulary: their number depends on the layout."""
-    if rows is None or rows >= shard.rows:
+def without_padding(
+    shards: Sequence[MatrixShard], vocab_size: int | None
+) -> tuple[MatrixShard, ...]:
+    """Leave out rows that only pad the vocabulary: their number depends on the layout.
+
+    Args:
+        shards: of a catalog.
+        vocab_size: rows of embedding and head before padding; None leaves the padding in.
+    """
+    if vocab_size is None:
+        return tuple(shards)
+    return tuple(
+        _clip_rows(shard, vocab_size) if shard.matrix in VOCABULARY else shard for shard in shards
+    )
+
+
+def _clip_rows(shard: MatrixShard, rows: int) -> MatrixShard:
+    if rows >= shard.rows:
         return shard
     placements = tuple(
         replace(
@@ -220,7 +236,7 @@ def build_catalog(
 
     Args:
         model_chunks: as `get_megatron_optimizer` takes them, wrapped or not.
-        vocab_size: rows of embedding and head before padding; without it padding is measured too.
+        vocab_size: rows of embedding and head before padding; without it padding is included.
 
     Raises:
         RuntimeError: if weights are cut in ways that are not followed (GTP, FSDP).
@@ -244,10 +260,8 @@ def build_catalog(
                 unknown.append(f"{name} {tuple(parameter.shape)}")
                 continue
             group = groups.expt_tp if place.of_expert else groups.tp
-            for shard in _shards(place, parameter, shape, group):
-                clipped = _clip_rows(shard, vocab_size) if shard.matrix in _VOCABULARY else shard
-                shards.append(clipped)
-    return Catalog(tuple(shards), tuple(unknown))
+            shards.extend(_shards(place, parameter, shape, group))
+    return Catalog(without_padding(shards, vocab_size), tuple(unknown))
 
 
 def require_known(unknown: Sequence[str]) -> None:

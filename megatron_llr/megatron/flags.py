@@ -1,4 +1,4 @@
-"""`--llr-*` flags beside Megatron's own, and the flags of Megatron's that are not supported yet."""
+"""The `--llr-*` flags, and the flags of Megatron's that are not supported yet."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, ScriptConfig
 from megatron_llr.errors import user_error
-from megatron_llr.megatron.library import UNSTEPPABLE
+from megatron_llr.megatron.assembly import UNSTEPPABLE
 from megatron_llr.policy_table import summaries
 
 _PREFIX = "llr_"
@@ -24,26 +24,34 @@ class _PrefixedFlags(ArgumentGroupFactory):  # type: ignore[misc]
 
     def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        # The dataclass checks the value: one line that names the flag, on every rank.
+        kwargs.pop("choices", None)
         kwargs["dest"] = _PREFIX + attribute.name
         kwargs["help"] = kwargs["help"].replace("POLICIES", summaries()).replace("%", "%%")
         return kwargs
 
 
 def add_llr_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of `LLRConfig`; for Megatron's `extra_args_provider`."""
+    """Add the flags of `LLRConfig` and `ScriptConfig`; for Megatron's `extra_args_provider`."""
     _PrefixedFlags(LLRConfig).build_group(parser, title="layerwise learning rates")
+    _PrefixedFlags(ScriptConfig).build_group(parser, title="pretraining script")
     return parser
 
 
-def config_from_args(args: Namespace) -> LLRConfig:
+def _from_args[Config: (LLRConfig, ScriptConfig)](
+    config_type: type[Config], args: Namespace
+) -> Config:
+    given = {field.name: getattr(args, _PREFIX + field.name) for field in fields(config_type)}
+    return config_type(**given)
+
+
+def configs_from_args(args: Namespace) -> tuple[LLRConfig, ScriptConfig]:
     """The settings in parsed flags.
 
     Raises:
         ValueError: naming the flag with a bad value.
     """
-    return LLRConfig(
-        **{field.name: getattr(args, _PREFIX + field.name) for field in fields(LLRConfig)}
-    )
+    return _from_args(LLRConfig, args), _from_args(ScriptConfig, args)
 
 
 _OF_OPTIMIZERS = {name: f"--{name.replace('_', '-')}" for name in UNSTEPPABLE}

@@ -13,12 +13,12 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, ScriptConfig
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.megatron import batches
 from megatron_llr.megatron.flags import (
     add_llr_arguments,
-    config_from_args,
+    configs_from_args,
     refuse_unsupported,
     require_packages,
 )
@@ -41,11 +41,11 @@ def run_loop(args: Namespace) -> None:
     )
 
 
-def _checked(args: Namespace) -> LLRConfig:
-    config = config_from_args(args)
+def _checked(args: Namespace) -> tuple[LLRConfig, ScriptConfig]:
+    configs = configs_from_args(args)
     refuse_unsupported(args)
     require_packages(args)
-    return config
+    return configs
 
 
 def pretrain() -> LayerwiseController:
@@ -60,9 +60,9 @@ def pretrain() -> LayerwiseController:
     """
     use_prebuilt_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_llr_arguments)
-    # Alone on this rank where there is no process group yet, which is Megatron's to make.
-    config = together(lambda: _checked(args))
-    with installed(config) as seams:
+    # No process group exists yet in a new process, so this checks only the local rank.
+    config, script = together(lambda: _checked(args))
+    with installed(config, script) as seams:
         run_loop(args)
     assert seams.controller is not None
     print_rank_0(seams.controller.role_summary())

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
-from megatron_llr.config import DEVICES
+from megatron_llr.config import DeviceName
 from megatron_llr.errors import user_error
 from megatron_llr.megatron.packages import check_transformer_engine
 
@@ -41,9 +42,12 @@ def wanted_device(arguments: Sequence[str]) -> str:
             device = arguments[position + 1] if position + 1 < len(arguments) else ""
         elif argument.startswith(_FLAG + "="):
             device = argument.removeprefix(_FLAG + "=")
-    if device not in DEVICES:
+    if device not in get_args(DeviceName):
         raise user_error(
-            f"bad {_FLAG}", got=device or "nothing", allowed=", ".join(DEVICES), remedy="set it"
+            f"bad {_FLAG}",
+            got=device or "nothing",
+            allowed=", ".join(get_args(DeviceName)),
+            remedy="set it",
         )
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:

@@ -16,7 +16,6 @@ from megatron.core.utils import unwrap_model
 
 from megatron_llr.matrices.ids import role_of
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.megatron.catalog import build_catalog
 
 # Roles that Megatron initialises with `output_layer_init_method` (its linear_proj and linear_fc2).
 _OUTPUT_ROLES = frozenset({"o", "down", "shared.down", "expert.down", "latent_up", "out_proj"})
@@ -48,19 +47,22 @@ def _draw(shard: MatrixShard, seed: int, config: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_weights(model_chunks: Sequence[torch.nn.Module], seed: int) -> None:
-    """Draw all matrices anew, padding of the vocabulary included; norms and biases stay.
+def draw_weights(
+    model_chunks: Sequence[torch.nn.Module], shards: Sequence[MatrixShard], seed: int
+) -> None:
+    """Draw all matrices again; norms and biases stay.
 
     Call before the optimizer is built, which copies the weights.
 
     Args:
         model_chunks: model chunks of this rank, wrapped or not.
+        shards: catalog of this rank, padding of the vocabulary included.
         seed: `--seed`.
     """
     config = unwrap_model(model_chunks[0]).config
     if not config.perform_initialization:
         return
-    for shard in build_catalog(model_chunks).shards:
+    for shard in shards:
         whole, placement = _draw(shard, seed, config), shard.placement
         columns = slice(placement.first_column, placement.first_column + placement.columns)
         for span in placement.spans:

@@ -10,15 +10,20 @@ import megatron.core.datasets.utils as datasets_utils
 import megatron.training.training as training_module
 import torch.distributed as dist
 from megatron.training import get_args, print_rank_0
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import (
+    get_tensorboard_writer,
+    get_tokenizer,
+    get_wandb_writer,
+)
 
-from megatron_llr.config import LLRConfig
+from megatron_llr.config import LLRConfig, ScriptConfig, shared_settings
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.megatron import library
+from megatron_llr.megatron.assembly import name_weights
 from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
 from megatron_llr.megatron.same_start import draw_weights
-from megatron_llr.ranks import together
+from megatron_llr.ranks import gather_objects, require_equal, together
 from megatron_llr.telemetry.observer import Observer
 
 # The parameters that the seams rely on, by the name that is rebound.
@@ -27,6 +32,14 @@ _EXPECTED = {
     "get_optimizer_param_scheduler": ["optimizer"],
     "setup_model_and_optimizer": ["model_type", "model_provider_func", "checkpointing_context"],
 }
+
+
+def tokenizer_vocab_size() -> int:
+    """Tokens of the vocabulary, from the tokenizer that Megatron built.
+
+    `args.vocab_size` is None with most tokenizers.
+    """
+    return int(get_tokenizer().vocab_size)
 
 
 def _check_seams() -> None:
@@ -44,33 +57,33 @@ def _check_seams() -> None:
 class _Seams:
     """What takes the place of the rebound names during one run."""
 
-    def __init__(self, config: LLRConfig) -> None:
+    def __init__(self, config: LLRConfig, script: ScriptConfig) -> None:
         self.config = config
+        self.script = script
         self.controller: LayerwiseController | None = None
         self._setup = training_module.setup_model_and_optimizer
-        self._model_chunks: list[Any] = []
 
     def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
-        """Build Megatron's optimizer and its layer groups; keep the model chunks for the rest."""
-        self._model_chunks = model_chunks
+        """Build Megatron's optimizer and its layer groups, as the library does."""
         # The first place that all ranks come to with a process group.
         seed = get_args().seed
-        library.require_same_settings(self.config, seed=seed)
-        if self.config.same_start:
-            together(lambda: draw_weights(model_chunks, seed))
-        return library.get_megatron_optimizer(config, model_chunks, llr=self.config, **kwargs)
+        require_equal(
+            {**shared_settings(self.script), "--seed": seed},
+            lambda setting: f"give every rank the same {setting}",
+        )
+        weights = name_weights(model_chunks, self.config, tokenizer_vocab_size())
+        if self.script.same_start:
+            together(lambda: draw_weights(model_chunks, weights.padded_shards, seed))
+        return library.build_optimizer(config, weights, **kwargs)
 
     def scheduler(self, optimizer: Any, **kwargs: Any) -> LayerwiseParamScheduler:
-        """Stand where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
+        """Called where Megatron calls `OptimizerParamScheduler(optimizer, ...)`."""
         args = get_args()
-        self.controller = library.attach(
-            self._model_chunks,
+        self.controller = library.make_controller(
             optimizer,
-            self.config,
             # set from --train-samples by now, if that is what was given
             total_updates=args.train_iters,
-            vocab_size=args.vocab_size,
-            observer=_observer(self.config, args.log_interval),
+            observer=self._observer(args.log_interval),
         )
         return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
 
@@ -81,26 +94,34 @@ class _Seams:
         _, _, scheduler = built
         together(scheduler.restore_controller)
         self.controller.prepare(get_args().iteration)
-        if self.config.dry_run:
+        if self.script.explain is not None:
+            print_rank_0(_explanation(self.controller, self.script.explain))
+        if self.script.dry_run:
             print_rank_0(self.controller.describe())
             dist.barrier()
             raise SystemExit(0)
         return built
 
+    def _observer(self, log_interval: int) -> Observer:
+        if self.script.dry_run:
+            # It only prints: what an earlier run wrote to the same places stays.
+            silent = dataclasses.replace(self.config, log_dir=None)
+            return library.make_observer(silent, log_interval=log_interval)
+        # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
+        return library.make_observer(
+            self.config,
+            tensorboard=get_tensorboard_writer(),
+            wandb=get_wandb_writer(),
+            wandb_step=_iteration_under_way,
+            log_interval=log_interval,
+        )
 
-def _observer(config: LLRConfig, log_interval: int) -> Observer:
-    if config.dry_run:
-        # It only prints: what an earlier run wrote to the same places stays.
-        silent = dataclasses.replace(config, log_dir=None)
-        return library.make_observer(silent, log_interval=log_interval)
-    # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
-    return library.make_observer(
-        config,
-        tensorboard=get_tensorboard_writer(),
-        wandb=get_wandb_writer(),
-        wandb_step=_iteration_under_way,
-        log_interval=log_interval,
-    )
+
+def _explanation(controller: LayerwiseController, matrix: str) -> str:
+    """That of a rank which steps the matrix, so that it has the base learning rate."""
+    explanations = gather_objects(controller.explanation(matrix))
+    known = (each for each in explanations if each.base_rate is not None)
+    return str(next(known, explanations[0]))
 
 
 def _iteration_under_way() -> int:
@@ -112,7 +133,7 @@ def _iteration_under_way() -> int:
 
 
 @contextlib.contextmanager
-def installed(config: LLRConfig) -> Iterator[_Seams]:
+def installed(config: LLRConfig, script: ScriptConfig) -> Iterator[_Seams]:
     """Train with layerwise learning rates inside this context.
 
     Rebinds, in `megatron.training.training`: `get_megatron_optimizer`, `OptimizerParamScheduler`
@@ -122,7 +143,7 @@ def installed(config: LLRConfig) -> Iterator[_Seams]:
         RuntimeError: if one of them is not the function this package knows.
     """
     _check_seams()
-    seams = _Seams(config)
+    seams = _Seams(config, script)
     rebound = {
         "get_megatron_optimizer": seams.get_megatron_optimizer,
         "OptimizerParamScheduler": seams.scheduler,

@@ -66,6 +66,25 @@ class LayerGroups:
             for matrix, _ in parts
         }
 
+    def base_settings(self, matrix: str) -> tuple[float, float] | None:
+        """Base learning rate and weight decay of a matrix; None if this rank does not step it.
+
+        The rate is that of the last step, or of the next where none was made.
+        """
+        for inner in self._inner:
+            rates = {id(t): float(rate) for rate, tensors in inner.base_rates for t in tensors}
+            tensors = {
+                id(stepped.tensor)
+                for stepped, parts in inner.parts.values()
+                if any(name == matrix for name, _ in parts)
+            }
+            for group in inner.optimizer.param_groups:
+                for tensor in group["params"]:
+                    if id(tensor) in tensors:
+                        rate = rates.get(id(tensor), float(group["lr"]))
+                        return rate, float(group.get("weight_decay", 0.0))
+        return None
+
     def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
         """Multipliers for the next update; a matrix that is not named has 1."""
         for inner in self._inner:

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from megatron_llr.config import ESTIMATORS
@@ -98,6 +99,7 @@ class Observer:
         self._tensorboard = tensorboard
         self._wandb = wandb
         self._wandb_step = wandb_step
+        self._last_measured: float | None = None
 
     @property
     def writes(self) -> bool:
@@ -127,6 +129,18 @@ class Observer:
             self._wandb.define_metric(axis)
         for curves, axis in axes.items():
             self._wandb.define_metric(curves, step_metric=axis)
+
+    def say_measured(self, update: int, count: int, seconds: float, kept: Sequence[str]) -> None:
+        """Print what a measurement cost, and which matrices kept their multiplier."""
+        now, share = time.perf_counter(), ""
+        if self._last_measured is not None:
+            percent = 100 * seconds / (now - self._last_measured)
+            share = f" ({percent:.1f} % of the time since the last measurement)"
+        self._last_measured = now
+        self.say(f"measured {count} matrices before update {update} in {seconds:.2f} s{share}")
+        if kept:
+            more = f" and {len(kept) - 8} more" if len(kept) > 8 else ""
+            self.say(f"no usable exponent, multiplier kept: {', '.join(kept[:8])}{more}")
 
     def measured(
         self,

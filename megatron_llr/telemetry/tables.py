@@ -87,7 +87,7 @@ def matrix_table(
             matrix,
             role_of(matrix),
             f"{info.rows}x{info.columns}",
-            _holders(info),
+            shards_of(info),
             owners.get(matrix, "-"),
             f"{multipliers.get(matrix, 1.0):.4f}",
         )
@@ -96,7 +96,8 @@ def matrix_table(
     return text_table(("matrix", "role", "shape", "shards", "owner", "multiplier"), rows)
 
 
-def _holders(info: MatrixInfo) -> str:
+def shards_of(info: MatrixInfo) -> str:
+    """Number of shards, the ranks of the first replica, and the number of replicas."""
     replicas = len(info.holders)
     ranks = ",".join(str(rank) for rank in info.holders[0])
     shards = f"{len(info.holders[0]) if info.split else 1} on ranks {ranks}"

@@ -18,9 +18,12 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from megatron_llr import LLRConfig
-from megatron_llr.megatron.library import UNSTEPPABLE
+from megatron_llr.megatron.assembly import UNSTEPPABLE
 from megatron_llr.megatron.stepped_tensors import leaf_optimizers
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -112,24 +115,29 @@ def test_the_readmes_block_trains_a_bare_megatron_model(distributed: bool) -> No
     assert len(set(controller.multipliers.values())) > 5
     inner = next(iter(leaf_optimizers(namespace["optimizer"]))).optimizer
     assert any(not torch.equal(p, before[n]) for n, p in model_chunks[0].named_parameters())
-    # Megatron's own groups stand as it built them.
+    # Megatron's own groups are as it built them.
     assert len(inner.param_groups) <= 2
     resumed = LLRConfig(interval=100, ramp_iters=50)
     assert resumed.meaning() == controller.state_dict()["meaning"]
 
 
 @pytest.mark.world_size(1)
-def test_attach_takes_an_optimizer_that_megatron_built() -> None:
+def test_an_optimizer_that_megatron_built_gets_layer_groups() -> None:
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from megatron_llr import attach
+    from megatron_llr import add_layer_groups, make_controller
 
     model_chunks = build_model(1)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), model_chunks)
-    controller = attach(model_chunks, optimizer, LLRConfig(), total_updates=100)
+    with pytest.raises(ValueError, match=r"has no layer groups.*add_layer_groups"):
+        make_controller(optimizer, total_updates=100)
+    add_layer_groups(optimizer, model_chunks, LLRConfig(), vocab_size=VOCABULARY)
+    controller = make_controller(optimizer, total_updates=100)
     assert set(controller.multipliers.values()) == {1.0}
     controller.prepare()
     assert max(controller.multipliers.values()) == 5.0
+    with pytest.raises(ValueError, match="has layer groups already"):
+        add_layer_groups(optimizer, model_chunks, LLRConfig(), vocab_size=VOCABULARY)
 
 
 @pytest.mark.world_size(1)
@@ -140,17 +148,53 @@ def test_what_layer_groups_do_not_work_with_is_refused_on_this_route_too(name: s
     config = OptimizerConfig(optimizer="adam", lr=1e-3)
     setattr(config, name, True)
     with pytest.raises(ValueError, match=f"{name} is not supported yet"):
-        get_megatron_optimizer(config, build_model(1), llr=LLRConfig())
+        get_megatron_optimizer(config, build_model(1), llr=LLRConfig(), vocab_size=VOCABULARY)
 
 
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize("other", [{"policy": "alphadecay"}, {"weight_decay": "decoupled"}])
-def test_attach_wants_what_the_optimizer_was_built_for(other: dict[str, Any]) -> None:
-    """Or multipliers would act on the rate that are meant for the decay."""
-    from megatron_llr import attach, get_megatron_optimizer
+@pytest.mark.parametrize("embedding", ["max", "measured"])
+def test_the_vocabulary_is_asked_for(embedding: str) -> None:
+    """Padding must never count, and only the caller knows what is padding."""
+    from megatron_llr import get_megatron_optimizer
 
-    model_chunks = build_model(1)
     config = OptimizerConfig(optimizer="adam", lr=1e-3)
-    optimizer = get_megatron_optimizer(config, model_chunks, llr=LLRConfig())
-    with pytest.raises(ValueError, match=r"another --llr-.* than the optimizer was built for"):
-        attach(model_chunks, optimizer, LLRConfig(**other), total_updates=100)
+    with pytest.raises(ValueError, match=r"vocab_size= is needed for embedding and head"):
+        get_megatron_optimizer(config, build_model(1), llr=LLRConfig(embedding=embedding))
+
+
+@pytest.mark.world_size(1, 2)
+def test_padding_of_the_vocabulary_does_not_count() -> None:
+    from megatron_llr import get_megatron_optimizer, make_controller
+
+    config = OptimizerConfig(optimizer="adam", lr=1e-3)
+    llr = LLRConfig(embedding="measured")
+    alphas = []
+    for padding in (0.0, 100.0):
+        model_chunks = build_model(dist.get_world_size())
+        holds_padding = dist.get_rank() == dist.get_world_size() - 1
+        for name, parameter in model_chunks[0].named_parameters():
+            if holds_padding and ("embedding" in name or "output_layer" in name):
+                parameter.data[-4:] = padding
+        optimizer = get_megatron_optimizer(config, model_chunks, llr=llr, vocab_size=VOCABULARY - 4)
+        controller = make_controller(optimizer, total_updates=100)
+        controller.prepare()
+        assert controller.matrix_index["embedding"].rows == VOCABULARY - 4
+        alphas.append(controller.alphas)
+    assert alphas[0] == alphas[1]
+
+
+@pytest.mark.world_size(1, 2)
+def test_the_script_asks_the_tokenizer(shared_dir: Path) -> None:
+    """`args.vocab_size` is another number, or none, with most tokenizers."""
+    if dist.get_rank() == 0:
+        words = {f"word{index}": index for index in range(242)} | {"</s>": 242}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="</s>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(
+            shared_dir
+        )
+    dist.barrier()
+    run = harness.train(
+        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shared_dir}",
+        "--exit-interval 1",
+    )
+    assert {run.controller.matrix_index[m].rows for m in ("embedding", "head")} == {243}

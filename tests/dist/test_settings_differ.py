@@ -13,8 +13,8 @@ import torch.distributed as dist
 from harness import train
 
 from megatron_llr import LLRConfig, state
-from megatron_llr.config import flag
-from megatron_llr.megatron import library, versions
+from megatron_llr.config import ScriptConfig, flag, shared_settings
+from megatron_llr.megatron import assembly, library, versions
 from megatron_llr.ranks import gather_objects, require_equal
 from megatron_llr.telemetry.observer import Observer
 
@@ -50,11 +50,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "log_matrices": {"log_matrices": "roles"},
     "log_relative_update": {"log_relative_update": True},
     "skip_unknown": {"skip_unknown": True},
-    "dry_run": {"dry_run": True},
     "reset_state": {"reset_state": True},
-    "same_start": {"same_start": True},
-    "fixed_validation": {"fixed_validation": True},
-    "device": {"device": "cpu"},
+}
+OTHERS_OF_THE_SCRIPT: dict[str, Any] = {
+    "dry_run": True,
+    "explain": "head",
+    "same_start": True,
+    "fixed_validation": True,
+    "device": "cpu",
 }
 LOCAL = {"log_dir"}
 
@@ -74,6 +77,7 @@ def told_everywhere(caught: pytest.ExceptionInfo[Exception]) -> str:
 def test_no_field_was_forgotten() -> None:
     """A new flag is compared, or is one of those that may differ."""
     assert set(OTHERS) | LOCAL == {field.name for field in fields(LLRConfig)}
+    assert set(OTHERS_OF_THE_SCRIPT) == {field.name for field in fields(ScriptConfig)}
 
 
 @pytest.mark.parametrize("field", OTHERS)
@@ -81,7 +85,7 @@ def test_a_flag_that_differs_is_named(field: str) -> None:
     before = LLRConfig()
     after = replace(before, **OTHERS[field])
     with pytest.raises(RuntimeError) as caught:
-        library.require_same_settings(by_rank(before, after))
+        assembly.require_same_settings(by_rank(before, after))
     text = told_everywhere(caught)
     named = "policy" if field == "role_table" else field
     old, new = getattr(before, named), getattr(after, named)
@@ -91,13 +95,21 @@ def test_a_flag_that_differs_is_named(field: str) -> None:
         assert f"also {flag('role_table')}" in text
 
 
+@pytest.mark.parametrize("name", OTHERS_OF_THE_SCRIPT)
+def test_a_flag_of_the_script_that_differs_is_named(name: str) -> None:
+    other = ScriptConfig(**{name: OTHERS_OF_THE_SCRIPT[name]})
+    with pytest.raises(RuntimeError) as caught:
+        require_equal(shared_settings(by_rank(ScriptConfig(), other)), lambda _: "")
+    assert f"{flag(name)} differs between ranks" in told_everywhere(caught)
+
+
 def test_where_each_node_writes_may_differ() -> None:
-    library.require_same_settings(by_rank(LLRConfig(log_dir="a"), LLRConfig(log_dir="b")))
+    assembly.require_same_settings(by_rank(LLRConfig(log_dir="a"), LLRConfig(log_dir="b")))
 
 
 @pytest.fixture(scope="module")
 def built() -> Iterator[Any]:
-    """A model and its optimizer, as `attach` takes them."""
+    """A model and its optimizer with layer groups."""
     run = train("--exit-interval 1")
     yield run
     harness.drop_groups()
@@ -107,23 +119,28 @@ def built() -> Iterator[Any]:
     ("argument", "values", "flag_of_it"),
     [
         ("total_updates", (100, 200), "--train-iters"),
-        ("vocab_size", (250, None), "--vocab-size"),
         ("observer", (Observer(say=print, log_interval=7), Observer(say=print)), "--log-interval"),
     ],
 )
-def test_what_the_host_says_is_compared_too(
+def test_what_the_training_loop_gives_is_compared_too(
     argument: str, values: tuple[Any, Any], flag_of_it: str, built: Any
 ) -> None:
     """Each would change when, or over what, ranks have collectives."""
     given = {"total_updates": 100, argument: by_rank(*values)}
     with pytest.raises(RuntimeError) as caught:
-        library.attach(built.model, built.optimizer, LLRConfig(), **given)
+        library.make_controller(built.optimizer, **given)
     assert f"{flag_of_it} differs between ranks" in told_everywhere(caught)
+
+
+def test_the_vocabulary_is_compared_too(built: Any) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        assembly.name_weights(built.model, LLRConfig(), by_rank(250, None))
+    assert "--vocab-size differs between ranks" in told_everywhere(caught)
 
 
 @pytest.mark.parametrize("what", ["iteration", "update", "contents", "presence"])
 def test_a_start_that_differs_is_found_before_the_first_measurement(what: str, built: Any) -> None:
-    controller = library.attach(built.model, built.optimizer, LLRConfig(), total_updates=100)
+    controller = library.make_controller(built.optimizer, total_updates=100)
     document = {**built.controller.state_dict(), "meaning": {}, "timing": {}}
     others = {"update": {"next_update": 5}, "contents": {"alphas": {}}}
     if what in others:
@@ -148,7 +165,7 @@ def test_a_version_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     found = by_rank("0.19.2", "0.19.3")
     monkeypatch.setattr(versions.metadata, "version", lambda name: found)
     with pytest.raises(RuntimeError) as caught:
-        library.require_same_settings(LLRConfig())
+        assembly.require_same_settings(LLRConfig())
     text = told_everywhere(caught)
     assert "the version of megatron-core differs between ranks: got '0.19.2' on rank 0" in text
 
@@ -164,11 +181,11 @@ def test_a_role_table_is_compared_by_what_it_holds(
         (node / "here_alone.json").write_text("{}")
     monkeypatch.chdir(node)
     with pytest.raises(RuntimeError) as caught:
-        library.require_same_settings(LLRConfig(policy="fixed", role_table="table.json"))
+        assembly.require_same_settings(LLRConfig(policy="fixed", role_table="table.json"))
     text = told_everywhere(caught)
     assert "what --llr-role-table holds differs between ranks: got {'q': 1" in text
     with pytest.raises(ValueError, match="here_alone") as missing:
-        library.require_same_settings(LLRConfig(policy="fixed", role_table="here_alone.json"))
+        assembly.require_same_settings(LLRConfig(policy="fixed", role_table="here_alone.json"))
     assert told_everywhere(missing).endswith("(rank 1)")
 
 

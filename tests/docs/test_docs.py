@@ -137,7 +137,7 @@ def parsed_examples() -> dict[str, dict[str, object]]:
         # What parse_and_validate_args does before it builds a tokenizer.
         "    args = arguments.validate_args(arguments.parse_args(add_llr_arguments))\n"
         "    refuse_unsupported(args)\n"
-        "    config_from_args(args)\n"
+        "    configs_from_args(args)\n"
         "    plain = (int, float, str)\n"
         "    found[name] = {k: v for k, v in vars(args).items() if isinstance(v, plain)}\n"
         "print('PARSED', json.dumps(found))\n"

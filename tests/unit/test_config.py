@@ -1,12 +1,12 @@
 """LLRConfig: the flags are pinned, every bad value names its flag."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from megatron_llr import LLRConfig
-from megatron_llr.config import flag
+from megatron_llr.config import Kind, ScriptConfig, flag, settings_of, shared_settings
 
 FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
@@ -14,15 +14,31 @@ FLAGS = """
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-step --llr-embedding --llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows --llr-measure-memory
---llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-dry-run
---llr-reset-state
---llr-same-start --llr-fixed-validation --llr-device
+--llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-reset-state
+--llr-dry-run --llr-explain --llr-same-start --llr-fixed-validation --llr-device
 """.split()
 
 
 def test_the_flags_are_these() -> None:
     """A new flag is a decision: it is added here too."""
-    assert [flag(field.name) for field in fields(LLRConfig)] == FLAGS
+    assert [flag(each.name) for each in (*fields(LLRConfig), *fields(ScriptConfig))] == FLAGS
+
+
+def test_every_setting_has_a_kind() -> None:
+    """Its kind says what another value means to a saved state and to the other ranks."""
+    for config_type in (LLRConfig, ScriptConfig):
+        names = settings_of(config_type, *get_args(Kind))
+        assert names == tuple(each.name for each in fields(config_type))
+    assert settings_of(LLRConfig, "local") == ("log_dir",)
+    assert settings_of(LLRConfig, "window") == ("active_fraction", "active_iters")
+    assert settings_of(ScriptConfig, "start") == tuple(each.name for each in fields(ScriptConfig))
+    shared = {**shared_settings(LLRConfig()), **shared_settings(ScriptConfig())}
+    assert shared.keys() == set(FLAGS) - {"--llr-log-dir"}
+
+
+def test_the_library_has_no_setting_of_the_script() -> None:
+    with pytest.raises(TypeError, match="dry_run"):
+        LLRConfig(dry_run=True)  # type: ignore[call-arg]
 
 
 def test_the_defaults_are_the_published_settings() -> None:
@@ -76,7 +92,7 @@ def test_a_bad_value_is_one_line_that_names_its_flag(
     values: dict[str, Any], flag_name: str
 ) -> None:
     with pytest.raises(ValueError, match=r"^megatron_llr: bad ") as caught:
-        LLRConfig(**values)
+        (ScriptConfig if "device" in values else LLRConfig)(**values)
     text = str(caught.value)
     assert f"bad {flag_name}:" in text
     assert "got " in text

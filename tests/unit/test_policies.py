@@ -2,15 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llr import LLRConfig, assign_multipliers
-from megatron_llr.config import GRANULARITIES, MAPPINGS
+from megatron_llr.config import Granularity, MappingName, ModelMapping
 from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
 from megatron_llr.policies import held_at_one, share_multipliers, targets_for
+from megatron_llr.policies.assign import WITHIN_BLOCK
+from megatron_llr.policies.mappings import MAPPINGS
 from megatron_llr.policy_table import POLICIES
 
 ALPHAS = {"block.0.mlp.up": 2.0, "block.0.mlp.down": 3.0, "block.1.mlp.up": 4.0}
@@ -41,7 +44,12 @@ def test_a_measured_embedding_is_mapped_like_the_others_and_clipped() -> None:
     assert "head" not in assign_multipliers({**ALPHAS, "head": math.nan}, config)
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_every_mapping_has_a_function_over_the_model_and_one_within_blocks() -> None:
+    assert tuple(MAPPINGS) == get_args(ModelMapping)
+    assert get_args(MappingName) == (*MAPPINGS, *(f"{WITHIN_BLOCK}{name}" for name in MAPPINGS))
+
+
+@pytest.mark.parametrize("mapping", get_args(MappingName))
 @pytest.mark.parametrize("inverse", [False, True])
 @given(alphas=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=0, max_size=9))
 def test_no_exponent_gives_a_multiplier_that_is_not_finite(
@@ -69,7 +77,7 @@ def test_quantiles_keep_an_outlier_from_stretching_the_scale() -> None:
     assert clipped["block.19.mlp.up"] == clipped["block.20.mlp.up"] == 5.0
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", get_args(MappingName))
 def test_mean_preserving_multipliers_have_mean_1(mapping: str) -> None:
     alphas = {f"block.{i // 4}.mlp.m{i}": 2 + 0.1 * i * i for i in range(12)}
     config = LLRConfig(mapping=mapping, mean_preserving=True)
@@ -131,7 +139,7 @@ def matrix_index() -> MatrixIndex:
 
 def test_granularities_share_the_mean_weighted_by_size(matrix_index: MatrixIndex) -> None:
     targets = {matrix: 1.0 + index for index, matrix in enumerate(matrix_index)}
-    at = {g: share_multipliers(targets, matrix_index, g) for g in GRANULARITIES}
+    at = {g: share_multipliers(targets, matrix_index, g) for g in get_args(Granularity)}
     assert at["projection"] == targets
     q, k, v, o = (f"block.0.attention.{role}" for role in "qkvo")
     mean = (targets[q] * 128 + targets[k] * 32 + targets[v] * 64) / 224

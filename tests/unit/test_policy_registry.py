@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llr import LLRConfig, assign_multipliers, state
-from megatron_llr.config import MEANINGFUL
+from megatron_llr.config import settings_of
 from megatron_llr.matrices.ids import EMBEDDING_IDS
 from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.policies import acts_on, targets_for
@@ -203,7 +203,7 @@ def test_the_policy_that_the_docs_show(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
     new = {"depth_floor", "random_seed", "farms_rows", "farms_windows"}
-    assert new <= set(MEANINGFUL)
+    assert new <= set(settings_of(LLRConfig, "meaning"))
     # A document that was saved before these settings were there is gone on from.
     settings = LLRConfig()
     meaning = {field: value for field, value in settings.meaning().items() if field not in new}

@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 
-# Flags of the extension that are not settings of a policy.
+from megatron_llr.config import LLRConfig, ScriptConfig, flag, settings_of
+
+# Flags of the extension that are not settings of a policy: where and how a run starts and writes.
 _NOT_OF_THE_POLICY = frozenset(
-    "--llr-device --llr-dry-run --llr-fixed-validation --llr-log-dir --llr-reset-state "
-    "--llr-same-start".split()
+    flag(name)
+    for config_type in (LLRConfig, ScriptConfig)
+    for name in settings_of(config_type, "start", "local")
 )
 
 
-def value_of(words: Sequence[str], flag: str) -> str | None:
+def value_of(words: Sequence[str], name: str) -> str | None:
     """The last value of a flag; "" for a flag without a value; None if it is not set."""
     value = None
     for position, word in enumerate(words):
-        if word == flag:
+        if word == name:
             after = words[position + 1] if position + 1 < len(words) else "--"
             value = "" if after.startswith("--") else after
-        elif word.startswith(flag + "="):
-            value = word.removeprefix(flag + "=")
+        elif word.startswith(name + "="):
+            value = word.removeprefix(name + "=")
     return value
 
 
@@ -29,13 +32,13 @@ def names(words: Sequence[str]) -> list[str]:
 def settings(words: Sequence[str]) -> dict[str, str]:
     """Flag -> all words of its last occurrence."""
     values: dict[str, str] = {}
-    flag = ""
+    name = ""
     for word in words:
         if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            values[flag] = value
-        elif flag:
-            values[flag] = f"{values[flag]} {word}".strip()
+            name, _, value = word.partition("=")
+            values[name] = value
+        elif name:
+            values[name] = f"{values[name]} {word}".strip()
     return values
 
 
@@ -43,8 +46,8 @@ def beyond_policy(words: Sequence[str], control: Sequence[str]) -> list[str]:
     """Flags in which two runs differ that are not settings of a policy."""
     ours, theirs = settings(words), settings(control)
     return sorted(
-        flag
-        for flag in ours.keys() | theirs.keys()
-        if ours.get(flag) != theirs.get(flag)
-        and (not flag.startswith("--llr-") or flag in _NOT_OF_THE_POLICY)
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name)
+        and (not name.startswith("--llr-") or name in _NOT_OF_THE_POLICY)
     )

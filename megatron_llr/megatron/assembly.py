@@ -1,0 +1,213 @@
+"""What a run is assembled from, built once: agreed settings, named weights, layer groups."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.training import print_rank_0
+
+from megatron_llr.config import LLRConfig, flag, shared_settings
+from megatron_llr.errors import user_error
+from megatron_llr.matrices.index import build_matrix_index
+from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.megatron import versions
+from megatron_llr.megatron.catalog import (
+    VOCABULARY,
+    build_catalog,
+    require_known,
+    without_padding,
+)
+from megatron_llr.megatron.stepped_tensors import inner_optimizers, leaf_optimizers
+from megatron_llr.param_groups.layer_groups import LayerGroups
+from megatron_llr.policies import acts_on, read_role_table
+from megatron_llr.policy_table import WEIGHT_DECAY
+from megatron_llr.ranks import gather_distinct, gather_objects, require_equal, together
+
+_ATTRIBUTE = "llr"
+"""Attribute of the optimizer that holds its `Assembly`."""
+
+UNSTEPPABLE: Mapping[str, str] = {
+    "optimizer_cpu_offload": "its host copies are stepped by optimizers that it rebuilds at will",
+    "optimizer_cuda_graph": "layer groups come by Python hooks, which a graph records once",
+    "overlap_param_gather_with_optimizer_step": "it steps model chunks one by one, amid gathers",
+}
+"""Settings of Megatron's OptimizerConfig that layer groups do not work with -> why."""
+
+
+@dataclass(frozen=True, eq=False)
+class NamedWeights:
+    """The weights of this rank by matrix id, from one walk over the model.
+
+    Attributes:
+        config: settings that all ranks agree on.
+        model_chunks: the model.
+        padded_shards: what this rank holds, rows that pad the vocabulary included: they are
+            initialized and stepped like the rest.
+        shards: the same without those rows: what is measured and logged.
+        matrix_index: every logical matrix of the job.
+    """
+
+    config: LLRConfig
+    model_chunks: list[torch.nn.Module]
+    padded_shards: tuple[MatrixShard, ...]
+    shards: tuple[MatrixShard, ...]
+    matrix_index: MatrixIndex
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """An optimizer's layer groups and what they were built from.
+
+    Attributes:
+        weights: the weights by matrix id.
+        layer_groups: the layer groups of this rank's inner optimizers.
+        inseparable: matrices that share their parameter's multiplier, because an optimizer cannot
+            step parts of a tensor; the same on every rank.
+    """
+
+    weights: NamedWeights
+    layer_groups: LayerGroups
+    inseparable: frozenset[str]
+
+
+def say(line: str) -> None:
+    """Print a line of the extension's, on rank 0."""
+    print_rank_0(f"[llr] {line}")
+
+
+def require_same_settings(config: LLRConfig, **others: Any) -> None:
+    """Check that every rank was given the same. Enter on all ranks, before anything else.
+
+    Args:
+        config: settings of the extension; where it writes may differ.
+        others: Megatron's settings by the names of their flags, with underscores.
+
+    Raises:
+        ValueError: if the file of `--llr-role-table` cannot be read.
+        RuntimeError: naming the first setting that differs, its values and the ranks.
+    """
+    settings = shared_settings(config)
+    settings |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
+    settings |= {"the version of torch": torch.__version__, **versions.versions()}
+    require_equal(settings, lambda setting: f"give every rank the same {setting}")
+    table = config.role_table
+    if table is not None:
+        # The path is the same everywhere; what counts is what each rank finds there.
+        found = {f"what {flag('role_table')} holds": together(lambda: dict(read_role_table(table)))}
+        require_equal(found, lambda _: f"give every rank the same file {table}")
+
+
+def refuse_unsteppable(config: Any) -> None:
+    """Refuse an OptimizerConfig with a setting of `UNSTEPPABLE`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, reason in UNSTEPPABLE.items():
+        if getattr(config, name, False):
+            raise user_error(
+                f"{name} is not supported yet: {reason}",
+                got=f"{name}=True",
+                allowed=f"{name}=False",
+                remedy=f"leave it out of the OptimizerConfig (--{name.replace('_', '-')})",
+            )
+
+
+def name_weights(
+    model_chunks: list[torch.nn.Module], config: LLRConfig, vocab_size: int | None
+) -> NamedWeights:
+    """Agree on the settings, then walk the model. Enter on all ranks.
+
+    Args:
+        model_chunks: as given to `get_megatron_optimizer`.
+        config: settings of the extension.
+        vocab_size: tokens of the vocabulary: rows of embedding and head that are not padding.
+
+    Raises:
+        ValueError: if a weight has no place in the tables (without `--llr-skip-unknown`), no matrix
+            can be tuned, or `vocab_size` is missing.
+        RuntimeError: if settings differ between ranks, or weights are cut in ways that are not
+            followed (GTP, FSDP).
+    """
+    require_same_settings(config, vocab_size=vocab_size)
+    catalog = together(lambda: build_catalog(model_chunks))
+    unknown = sorted({name for names in gather_objects(catalog.unknown) for name in names})
+    if not config.skip_unknown:
+        require_known(unknown)
+    elif unknown:
+        say(f"no table places these weights, multiplier 1: {'; '.join(unknown)}")
+    shards = without_padding(catalog.shards, vocab_size)
+    matrix_index = build_matrix_index(shards)
+    with_rows = [matrix for matrix in VOCABULARY if matrix in matrix_index]
+    if vocab_size is None and with_rows:
+        raise user_error(
+            f"vocab_size= is needed for {' and '.join(with_rows)}: padding rows must not count",
+            got="vocab_size=None",
+            allowed="the number of tokens of the tokenizer",
+            remedy="give vocab_size= where llr is given",
+        )
+    return NamedWeights(config, model_chunks, catalog.shards, shards, matrix_index)
+
+
+def _build_layer_groups(optimizer: Any, weights: NamedWeights) -> LayerGroups:
+    config = weights.config
+    target = together(lambda: acts_on(config.policy))
+    require_equal(
+        {f"what {flag('policy')} {config.policy} acts on": target},
+        lambda _: "give every rank the same function",
+    )
+    return together(
+        lambda: LayerGroups(
+            inner_optimizers(optimizer),
+            weights.padded_shards,
+            decoupled_decay=config.weight_decay == "decoupled",
+            on_decay=target == WEIGHT_DECAY,
+            step=config.step,
+        )
+    )
+
+
+def assemble(optimizer: Any, weights: NamedWeights) -> None:
+    """Build the layer groups of an optimizer, and keep them on it. Enter on all ranks.
+
+    Raises:
+        ValueError: if the optimizer cannot have layer groups, or has some.
+    """
+    for leaf in leaf_optimizers(optimizer):
+        refuse_unsteppable(leaf.config)
+    if hasattr(optimizer, _ATTRIBUTE):
+        raise user_error(
+            "this optimizer has layer groups already",
+            got="a second LLRConfig",
+            allowed="one, where the optimizer is built or in add_layer_groups",
+            remedy="give it once",
+        )
+    groups = _build_layer_groups(optimizer, weights)
+    inseparable: dict[str, str] = {}
+    for reported in gather_distinct(groups.inseparable):
+        inseparable.update(reported)
+    if inseparable and weights.config.granularity != "parameter":
+        say(
+            f"{', '.join(sorted(set(inseparable.values())))} cannot step parts of a tensor: "
+            f"{len(inseparable)} fused matrices share the mean multiplier of their parameter"
+        )
+    setattr(optimizer, _ATTRIBUTE, Assembly(weights, groups, frozenset(inseparable)))
+
+
+def assembly_of(optimizer: Any) -> Assembly:
+    """What `assemble` kept on an optimizer.
+
+    Raises:
+        ValueError: if it has no layer groups.
+    """
+    if not hasattr(optimizer, _ATTRIBUTE):
+        raise user_error(
+            "this optimizer has no layer groups",
+            got=f"a {type(optimizer).__name__} built without llr",
+            allowed="one from megatron_llr.get_megatron_optimizer(..., llr=LLRConfig(...))",
+            remedy="build it so, or call add_layer_groups(optimizer, model_chunks, llr) first",
+        )
+    assembly: Assembly = getattr(optimizer, _ATTRIBUTE)
+    return assembly

@@ -1,0 +1,215 @@
+"""Why a matrix has the learning rate that it has: every factor, from its shape to the rate."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_llr.config import LLRConfig, flag
+from megatron_llr.errors import user_error
+from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.info import MIN_EIGENVALUES, MatrixIndex
+from megatron_llr.policies import acts_on, held_at_one
+from megatron_llr.policy_table import LEARNING_RATE, POLICIES
+from megatron_llr.schedule import MultiplierSchedule
+from megatron_llr.telemetry.tables import shards_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why one matrix has its learning rate. `str()` is a text of about ten lines.
+
+    Attributes:
+        matrix: matrix id.
+        update: number of the update that the rates belong to.
+        done: whether that update was made; else it is the next one.
+        shape: rows and columns of the whole matrix.
+        shards: how many shards, on which ranks.
+        owner: global rank that computes its spectrum; None if it is not measured.
+        exponent: its exponent in the last measurement; None if there is none.
+        exponent_rank: 1 for the smallest of all exponents, that of the heaviest tail.
+        exponents: number of matrices with an exponent.
+        estimator: of the exponents.
+        policy: what gives the targets, with its mapping and bounds.
+        rule: why the mapping does not decide here; empty if it does.
+        target: multiplier that the last ramp leads to.
+        measured_at: update that the last measurement preceded; None before the first.
+        ramp_done: updates of the ramp up to and including `update`.
+        ramp_length: updates until the target is reached.
+        multiplier: at `update`.
+        on_rate: whether the multiplier is a factor on the learning rate, not on the weight decay.
+        base_rate: base learning rate; None if this rank does not step the matrix.
+        weight_decay: weight decay of the optimizer with what the multiplier does to it; None if
+            this rank does not step the matrix.
+    """
+
+    matrix: str
+    update: int
+    done: bool
+    shape: tuple[int, int]
+    shards: str
+    owner: int | None
+    exponent: float | None
+    exponent_rank: int | None
+    exponents: int
+    estimator: str
+    policy: str
+    rule: str
+    target: float
+    measured_at: int | None
+    ramp_done: int
+    ramp_length: int
+    multiplier: float
+    on_rate: bool
+    base_rate: float | None
+    weight_decay: float | None
+
+    @property
+    def rate(self) -> float | None:
+        """Learning rate of the matrix; None if this rank does not step it."""
+        if self.base_rate is None:
+            return None
+        return self.base_rate * self.multiplier if self.on_rate else self.base_rate
+
+    def __str__(self) -> str:
+        rows, columns = self.shape
+        owner = "not measured" if self.owner is None else f"measured by rank {self.owner}"
+        exponent = "none"
+        if self.exponent is not None:
+            exponent = (
+                f"{self.exponent:.4f} ({self.estimator}), number {self.exponent_rank} of "
+                f"{self.exponents} from the smallest"
+            )
+        if self.measured_at is None:
+            ramp = "nothing was measured yet"
+        else:
+            ramp = (
+                f"update {self.ramp_done} of {self.ramp_length} to the target"
+                if self.ramp_done < self.ramp_length
+                else "finished"
+            ) + f"; last measurement before update {self.measured_at}"
+        lines = (
+            ("shape", f"{rows}x{columns}"),
+            ("shards", f"{self.shards}; {owner}"),
+            ("exponent", exponent),
+            ("policy", self.policy + (f"; {self.rule}" if self.rule else "")),
+            ("target", f"{self.target:.4f}"),
+            ("ramp", ramp),
+            ("multiplier", f"{self.multiplier:.4f}" + ("" if self.on_rate else " (weight decay)")),
+            ("base rate", _number(self.base_rate)),
+            ("learning rate", _number(self.rate)),
+            ("weight decay", _number(self.weight_decay)),
+        )
+        when = "used in" if self.done else "for"
+        head = f"{self.matrix}, {when} update {self.update}"
+        return "\n".join([head, *(f"  {name:<14}{text}" for name, text in lines)])
+
+
+def _number(value: float | None) -> str:
+    return "held by other ranks" if value is None else f"{value:.4g}"
+
+
+def require_matrix(matrix: str, matrix_index: MatrixIndex) -> None:
+    """Refuse an id that is not in the model.
+
+    Raises:
+        ValueError: naming some that are.
+    """
+    if matrix not in matrix_index:
+        names = list(matrix_index)
+        raise user_error(
+            f"the model has no matrix {matrix!r}",
+            got=matrix,
+            allowed=f"one of {len(names)} ids, such as {', '.join(names[:4])}",
+            remedy=f"see {flag('dry_run')} for all ids",
+        )
+
+
+def _rule(matrix: str, matrix_index: MatrixIndex, config: LLRConfig) -> str:
+    """What fixes a multiplier without the mapping."""
+    if not matrix_index[matrix].tunable:
+        return f"fewer than {MIN_EIGENVALUES} eigenvalues: 1"
+    if matrix in held_at_one(matrix_index, config):
+        return f"{flag('router')} one: 1"
+    mapped = config.policy in POLICIES and POLICIES[config.policy].mapped
+    if matrix in EMBEDDING_IDS and (mapped or config.policy == "embedding-only"):
+        return f"{flag('embedding')} {config.embedding}"
+    return ""
+
+
+def _policy(config: LLRConfig) -> str:
+    mapped = config.policy in POLICIES and POLICIES[config.policy].mapped
+    if not mapped:
+        return config.policy
+    inverse = ", inverse" if config.inverse else ""
+    bounds = f"{config.min_multiplier:g} to {config.max_multiplier:g}"
+    return f"{config.policy}, {config.mapping} from {bounds}{inverse}"
+
+
+def explain_matrix(
+    matrix: str,
+    config: LLRConfig,
+    matrix_index: MatrixIndex,
+    *,
+    owner: int | None,
+    alphas: Mapping[str, float],
+    schedule: MultiplierSchedule | None,
+    shared: bool,
+    update: int,
+    done: bool,
+    base: tuple[float, float] | None,
+) -> Explanation:
+    """Collect what decides on the learning rate of a matrix.
+
+    Args:
+        matrix: matrix id.
+        config: the settings.
+        matrix_index: all matrices of the job.
+        owner: global rank that computes its spectrum, if any.
+        alphas: exponents of the last measurement.
+        schedule: the schedule; None before `prepare`.
+        shared: whether the optimizer makes it share the multiplier of its parameter.
+        update: the last update, or the next where none was made.
+        done: whether it was made.
+        base: base learning rate and weight decay, if this rank's optimizers step the matrix.
+    """
+    usable = sorted(alpha for alpha in alphas.values() if math.isfinite(alpha))
+    alpha = alphas.get(matrix, math.nan)
+    exponent = alpha if math.isfinite(alpha) else None
+    rules = [_rule(matrix, matrix_index, config)]
+    if owner is not None and exponent is None and alphas:
+        rules.append("no usable exponent: multiplier kept")
+    if shared:
+        rules.append("the optimizer cannot step parts of a tensor: mean over its parameter")
+    elif config.granularity != "projection":
+        rules.append(f"{flag('granularity')} {config.granularity}: mean of those that share")
+    on_rate = acts_on(config.policy) == LEARNING_RATE
+    ramp_done, ramp_length = schedule.ramp_at(update) if schedule else (0, 0)
+    multiplier = schedule.multipliers(update).get(matrix, 1.0) if schedule else 1.0
+    base_rate, decay = base or (None, None)
+    if decay is not None and not on_rate:
+        decay *= multiplier
+    elif decay is not None and config.weight_decay == "decoupled":
+        decay /= multiplier
+    info = matrix_index[matrix]
+    return Explanation(
+        matrix=matrix,
+        update=update,
+        done=done,
+        shape=(info.rows, info.columns),
+        shards=shards_of(info),
+        owner=owner,
+        exponent=exponent,
+        exponent_rank=None if exponent is None else 1 + usable.index(exponent),
+        exponents=len(usable),
+        estimator=config.estimator,
+        policy=_policy(config),
+        rule="; ".join(rule for rule in rules if rule),
+        target=schedule.targets.get(matrix, 1.0) if schedule else 1.0,
+        measured_at=schedule.measured_at if schedule else None,
+        ramp_done=ramp_done,
+        ramp_length=ramp_length,
+        multiplier=multiplier,
+        on_rate=on_rate,
+        base_rate=base_rate,
+        weight_decay=decay,
+    )
