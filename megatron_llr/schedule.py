@@ -5,7 +5,7 @@ hold from update s on, over a ramp, so that no learning rate jumps.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
@@ -53,31 +53,23 @@ class MultiplierSchedule:
         config: `interval`, `ramp_iters` and the window are read.
         total_updates: updates of the whole training run.
         start: update at which the extension is switched on.
-        parity: follow the official code's straight line in learning rate during a ramp, instead of
-            one in the multiplier. It exists to prove equality with official traces.
 
     Raises:
         ValueError: if the window holds no update.
     """
 
-    def __init__(
-        self, config: LLRConfig, total_updates: int, *, start: int = 1, parity: bool = False
-    ) -> None:
-        self._begin(config, start, window_end(config, total_updates, start), parity)
+    def __init__(self, config: LLRConfig, total_updates: int, *, start: int = 1) -> None:
+        self._begin(config, start, window_end(config, total_updates, start))
 
-    def _begin(self, config: LLRConfig, start: int, window_end: int, parity: bool = False) -> None:
+    def _begin(self, config: LLRConfig, start: int, window_end: int) -> None:
         self.interval = config.interval
         self.ramp = config.ramp_iters
         self.start = start
         self.window_end = window_end
-        self._parity = parity
         self._observed_at: int | None = None
         self._current_ramp = self.ramp
         self._old: dict[str, float] = {}
         self._new: dict[str, float] = {}
-        # parity form: learning rates at the update before the last observation
-        self._rates_before: dict[str, float] = {}
-        self._last_rates: dict[str, float] = {}
 
     def due(self, s: int) -> bool:
         """Whether a measurement precedes update s."""
@@ -95,7 +87,6 @@ class MultiplierSchedule:
             matrix: target if first_of_run else before.get(matrix, 1.0)
             for matrix, target in self._new.items()
         }
-        self._rates_before = dict(self._last_rates)
         self._observed_at = s
         self._current_ramp = self.ramp
 
@@ -144,35 +135,6 @@ class MultiplierSchedule:
             matrix: self._old[matrix] + (self._new[matrix] - self._old[matrix]) * progress
             for matrix in asked
         }
-
-    def learning_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:
-        """Learning rate of every matrix at update s.
-
-        Args:
-            s: update, from 1; in the parity form called for one update after another.
-            base: base learning rate of an update.
-        """
-        if not self._parity:
-            rate = base(s)
-            return {matrix: rate * factor for matrix, factor in self.multipliers(s).items()}
-        self._last_rates = self._parity_rates(s, base)
-        return dict(self._last_rates)
-
-    def _parity_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:
-        if self._observed_at is None:
-            return {}
-        first = self._observed_at - 1
-        last = self.ramp if first == 0 else self._observed_at + self.ramp
-        if s > last:
-            rate = base(s)
-            return {matrix: rate * factor for matrix, factor in self._new.items()}
-        # The official trainer aims at the rate that the base schedule reaches when the ramp ends.
-        aim, progress = base(last), (s - first) / (last - first)
-        rates = {}
-        for matrix, factor in self._new.items():
-            before = self._rates_before.get(matrix, 0.0)
-            rates[matrix] = before + (aim * factor - before) * progress
-        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """All that `resume` needs, as plain JSON values."""

@@ -10,7 +10,7 @@ from megatron_llr.errors import user_error
 from megatron_llr.matrices.info import MatrixIndex
 
 VERSION = 2
-"""2: in a checkpoint every matrix id stands once, with lists of numbers beside the list of ids."""
+"""Of the form that a checkpoint holds: a list of matrix ids, and lists of numbers in its order."""
 KEY = "megatron_llr"
 """Key of the document in the scheduler's state dict; always present, so that every checkpoint
 format finds the same structure."""
@@ -46,22 +46,22 @@ def decode(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(text)
-        # A newer one is refused by `check`, by its version; version 1 has no lists.
-        return dict(document) if int(document["version"]) > VERSION else _unlisted(document)
+        # Another version is refused by `check`.
+        return dict(document) if int(document["version"]) != VERSION else _unlisted(document)
     except (TypeError, KeyError, ValueError) as broken:
         raise user_error(
             "the checkpoint's extension state cannot be read",
             got=repr(text[:60]),
-            allowed=f"a JSON document of version up to {VERSION}",
+            allowed=f"a JSON document of version {VERSION}",
             remedy=f"{flag('reset_state')} starts the multipliers afresh",
         ) from broken
 
 
 def _unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
-    def table(found: Any) -> dict[str, Any]:
-        if isinstance(found, Mapping):
-            return dict(found)
-        named = zip(document["matrices"], found, strict=True)
+    def table(listed: Any) -> dict[str, Any]:
+        if not listed:
+            return {}
+        named = zip(document["matrices"], listed, strict=True)
         return {matrix: value for matrix, value in named if value is not _UNNAMED}
 
     return _tables(document, table)
@@ -109,16 +109,16 @@ def check(
         A line for every setting that differs and may.
 
     Raises:
-        ValueError: if the version is newer, the matrices are others, or a setting that gives the
+        ValueError: if the version is another, the matrices are others, or a setting that gives the
             saved multipliers their meaning has changed.
     """
     remedy = f"{flag('reset_state')} drops the saved state and starts the multipliers afresh"
-    if int(document["version"]) > VERSION:
+    if int(document["version"]) != VERSION:
         raise user_error(
-            "the checkpoint's extension state is of a newer version",
+            "the checkpoint's extension state is of another version",
             got=document["version"],
-            allowed=f"up to {VERSION}",
-            remedy=f"install a newer megatron-llr; {remedy}",
+            allowed=f"version {VERSION}",
+            remedy=f"install the megatron-llr that wrote it; {remedy}",
         )
     saved, here = set(document["matrices"]), set(matrix_index)
     if saved != here:
@@ -128,9 +128,6 @@ def check(
             allowed="the matrices of this model",
             remedy=remedy,
         )
-    if isinstance(document["meaning"].get("role_table"), str):
-        # Earlier states keep the path of the table, not what it holds.
-        meaning = {**meaning, "role_table": config.role_table}
     changed = {
         field: (value, meaning[field])
         for field, value in document["meaning"].items()

@@ -117,10 +117,11 @@ class FusedTensor:
     def release_gradient(self) -> None:
         """Drop the references to the gradient, so that its memory can be freed.
 
-        A gradient that lies in Megatron's buffer is not freed between steps; its slices are kept.
+        A gradient that is a part of a larger buffer, as Megatron's are, is not freed between steps:
+        its slices are kept.
         """
         gradient = getattr(self.tensor, "grad", None)
-        if gradient is not None and gradient is getattr(self.tensor, "main_grad", None):
+        if gradient is not None and gradient.untyped_storage().nbytes() > gradient.nbytes:
             return
         for name, sliced in self._gradients.items():
             if sliced is not None:

@@ -208,7 +208,7 @@ def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
     settings = LLRConfig()
     meaning = {field: value for field, value in settings.meaning().items() if field not in new}
     document = {
-        "version": 1,
+        "version": state.VERSION,
         "matrices": ["head"],
         "meaning": meaning,
         "timing": settings.timing(),
