@@ -1,6 +1,7 @@
 """The tensors that Megatron's inner optimizers step, and the slice of a weight that each one is."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,16 @@ def leaf_optimizers(optimizer: Any) -> Iterator[Any]:
 
 def inner_optimizers(optimizer: Any) -> list[tuple[torch.optim.Optimizer, list[SteppedTensor]]]:
     """Every inner torch optimizer of this rank, with the tensors that it steps."""
-    return [(leaf.optimizer, list(stepped_tensors_of(leaf))) for leaf in leaf_optimizers(optimizer)]
+    return [
+        (leaf.optimizer, [_marked(each, leaf.optimizer) for each in stepped_tensors_of(leaf)])
+        for leaf in leaf_optimizers(optimizer)
+    ]
+
+
+def _marked(stepped: SteppedTensor, optimizer: Any) -> SteppedTensor:
+    # Megatron's Muon splits a fused query, key and value weight, unless --muon-no-split-qkv.
+    split = getattr(optimizer, "split_qkv", False) and optimizer.is_qkv_fn(stepped.tensor)
+    return replace(stepped, split=bool(split))
 
 
 def stepped_tensors_of(leaf: Any) -> Iterator[SteppedTensor]:

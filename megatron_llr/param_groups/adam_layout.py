@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_llr.param_groups.gradients import gradient_name
 from megatron_llr.param_groups.probe import twin_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,7 +28,7 @@ class AdamLayout:
 
     Attributes:
         decoupled: weight decay as in AdamW; else it is added to the gradient (L2).
-        gradient: attribute of a tensor that holds its gradient: grad or decoupled_grad.
+        gradient: attribute of a tensor that holds its gradient, as `gradient_name` gives it.
         keys: names in the state of a tensor, in order; their values may be None.
         counter: the step counter of a new tensor, 0 (torch); None where the param group counts
             (`group["step"]`, apex and Transformer Engine).
@@ -75,7 +76,7 @@ def layout_of(optimizer: Any, dtype: torch.dtype, device: torch.device) -> AdamL
     for name in _REFUSED:
         if any(group.get(name) for group in optimizer.param_groups):
             return f"it is built with {name}=True"
-    name = "decoupled_grad" if getattr(optimizer, "use_decoupled_grad", False) else "grad"
+    name = gradient_name(optimizer)
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(_PROBED, generator=generator) for _ in range(4))
     stepped, idle = (start.to(device, dtype, copy=True) for _ in range(2))

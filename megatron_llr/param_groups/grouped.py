@@ -61,8 +61,10 @@ class GroupedStep:
     def is_inseparable(self, tensor: torch.Tensor) -> bool:
         """Whether the matrices in a tensor must share one multiplier."""
         _, parts = self._parts.get(id(tensor), (None, ()))
-        whole = self.takes == "whole" and not self._row_scaling.takes(tensor)
-        return whole and len(parts) > 1
+        return self.takes == "whole" and len(parts) > 1 and not self._can_scale_rows(tensor)
+
+    def _can_scale_rows(self, tensor: torch.Tensor) -> bool:
+        return self._parts[id(tensor)][0].split and self._row_scaling.is_possible
 
     def step(
         self, own_step: Step, multipliers: Mapping[str, float], *args: Any, **kwargs: Any
@@ -140,7 +142,7 @@ class GroupedStep:
     def _scale_rows(
         self, tensor: torch.Tensor, parts: tuple[Part, ...], multipliers: Mapping[str, float]
     ) -> None:
-        if not self._row_scaling.takes(tensor):
+        if not self._can_scale_rows(tensor):
             raise RuntimeError(
                 f"{type(self._optimizer).__name__} cannot step {[m for m, _ in parts]} at "
                 "different rates in this step, which has a closure, a gradient scaler, or a "

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_llr.param_groups.gradients import GRADIENTS
 from megatron_llr.param_groups.views import FusedTensor, Part
 
 Stepping = Literal["strided", "contiguous", "whole"]
@@ -125,7 +126,7 @@ def _group(optimizer: Any, tensors: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def _set_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
-    for name in ("grad", "decoupled_grad"):
+    for name in GRADIENTS:
         setattr(tensor, name, gradient)
 
 
@@ -146,19 +147,6 @@ def _stepped_whole(
         for first, last in ranges:
             result.view(-1)[first:last] = stepped.view(-1)[first:last]
     return result
-
-
-def updates_apart(optimizer: Any, tensor: torch.Tensor) -> bool:
-    """Whether an optimizer that steps whole matrices updates the parts of this one each by itself.
-
-    True of Megatron's Muon for a fused query, key and value weight, unless `--muon-no-split-qkv`.
-    The two methods are those of emerging-optimizers that `row_scaling` builds on.
-    """
-    splits = getattr(optimizer, "split_qkv", False) and optimizer.is_qkv_fn(tensor)
-    return bool(splits) and all(
-        callable(getattr(optimizer, method, None))
-        for method in ("pre_weight_update_fn_inplace", "_apply_weight_decay_inplace")
-    )
 
 
 def _stepped(

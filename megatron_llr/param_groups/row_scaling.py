@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from megatron_llr.param_groups.probe import updates_apart
 from megatron_llr.param_groups.views import Part
 
 Factors = Callable[[float], tuple[float, float]]
@@ -44,9 +43,13 @@ class RowScaling:
         self._rows: dict[int, list[_Rows]] = {}
         self._installed = False
 
-    def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether the optimizer updates the parts of this tensor apart."""
-        return updates_apart(self._optimizer, tensor)
+    @property
+    def is_possible(self) -> bool:
+        """Whether the optimizer has the two methods between which updates are scaled."""
+        return all(
+            callable(getattr(self._optimizer, method, None))
+            for method in ("pre_weight_update_fn_inplace", "_apply_weight_decay_inplace")
+        )
 
     def scale(
         self, tensor: torch.Tensor, parts: tuple[Part, ...], multipliers: Mapping[str, float]

@@ -13,11 +13,14 @@ class SteppedTensor:
         tensor: the tensor in the optimizer's param groups: a whole weight, or a flat slice of one.
         parameter: the model parameter that it updates.
         start: first element of the slice, in the flattened parameter.
+        split: whether the optimizer, which steps it whole, updates each matrix in it separately
+            (Muon with query, key and value split).
     """
 
     tensor: torch.Tensor
     parameter: torch.nn.Parameter
     start: int = 0
+    split: bool = False
 
     @property
     def stop(self) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from megatron_llr.param_groups.gradients import GRADIENTS
+
 Part = tuple[str, tuple[tuple[int, int], ...]]
 """Matrix id, and where its elements lie in the flattened tensor: (first, one past last)."""
 
@@ -101,7 +103,7 @@ class FusedTensor:
 
     def slice_gradient(self) -> None:
         """Give every view its part of the tensor's gradient, under the name it stands under."""
-        for name in ("grad", "decoupled_grad"):
+        for name in GRADIENTS:
             gradient = getattr(self.tensor, name, None)
             if name in self._gradients and gradient is self._gradients[name]:
                 continue

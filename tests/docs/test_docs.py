@@ -207,7 +207,7 @@ def test_every_model_of_the_paper_has_both_scripts() -> None:
 MEGATRON_NAMES = re.compile(
     r"shard_fp32_from_float16_groups|_get_model_param_range_map|float16_groups|chained_optimizers|"
     r"is_stub_optimizer|tensor_model_parallel(?!_size)|partition_dim|partition_sizes|pg_collection|"
-    r"ddp_config|overlap_param_gather|hybrid_layer_pattern|layer_number|model_fp32_groups"
+    r"ddp_config|main_grad|split_qkv|is_qkv_fn|overlap_param_gather|hybrid_layer_pattern|layer_number|model_fp32_groups"
 )
 
 

@@ -1,0 +1,14 @@
+"""Under which attribute an optimizer finds the gradient of a tensor.
+
+torch's optimizers read `grad`. FusedAdam of Transformer Engine reads `decoupled_grad` where it was
+constructed with `use_decoupled_grad`: a gradient there may have another dtype than its tensor.
+"""
+
+from typing import Any
+
+GRADIENTS = ("grad", "decoupled_grad")
+
+
+def gradient_name(optimizer: Any) -> str:
+    """The attribute that an optimizer reads."""
+    return GRADIENTS[bool(getattr(optimizer, "use_decoupled_grad", False))]
