@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_llr import state
 from megatron_llr.config import LLRConfig, flag, settings_of
-from megatron_llr.matrices.ids import role_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import Measurement, SpectrumEngine
@@ -20,7 +20,7 @@ from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multip
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
-from megatron_llr.telemetry.explanation import Explanation, explain_matrix, require_matrix
+from megatron_llr.telemetry.explanation import Explanation, explain_matrix, find_matrix
 from megatron_llr.telemetry.observer import Observer
 from megatron_llr.telemetry.rates import matrix_rates
 from megatron_llr.telemetry.tables import block_table, by_role, matrix_table, role_table
@@ -70,7 +70,7 @@ class LayerwiseController:
         self._total_updates = total_updates
         self._schedule: MultiplierSchedule | None = None
         self._document: dict[str, Any] | None = None
-        self._alphas: dict[str, float] = {}
+        self._alphas: dict[MatrixId, float] = {}
         self._recorder: StepRecorder | None = None
         self._stepped = False
 
@@ -108,7 +108,9 @@ class LayerwiseController:
                 self.config, self._steppable(self._document["schedule"])
             )
             saved = self._document["alphas"]
-            self._alphas = {m: math.nan if a is None else a for m, a in saved.items()}
+            self._alphas = {
+                MatrixId.read(m): math.nan if a is None else a for m, a in saved.items()
+            }
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
@@ -157,7 +159,7 @@ class LayerwiseController:
             self._recorder.arm(record=self._logged(self.next_update))
 
     @property
-    def multipliers(self) -> dict[str, float]:
+    def multipliers(self) -> dict[MatrixId, float]:
         """Matrix id -> multiplier of the next update; 1 before `prepare`.
 
         A factor on the learning rate or, with a policy that sets it, on the weight decay.
@@ -166,13 +168,13 @@ class LayerwiseController:
         return {matrix: now.get(matrix, 1.0) for matrix in self.matrix_index}
 
     @property
-    def alphas(self) -> dict[str, float]:
+    def alphas(self) -> dict[MatrixId, float]:
         """Matrix id -> exponent (of `config.estimator`) that the last measurement found."""
         return dict(self._alphas)
 
     def role_summary(self) -> str:
         """A table per role: mean exponent, range of multipliers."""
-        counts = Counter(role_of(matrix) for matrix in self.matrix_index)
+        counts = Counter(matrix.role for matrix in self.matrix_index)
         alphas, factors = by_role(self._alphas), by_role(self.multipliers)
         return role_table(counts, alphas, factors, self.config.estimator)
 
@@ -191,12 +193,12 @@ class LayerwiseController:
         """
         return str(self.explanation(matrix))
 
-    def explanation(self, matrix: str) -> Explanation:
+    def explanation(self, name: str) -> Explanation:
         """What `explain` says, as values. Needs no other rank.
 
         The base learning rate and the weight decay are known to the ranks that step the matrix.
         """
-        require_matrix(matrix, self.matrix_index)
+        matrix = find_matrix(name, self.matrix_index)
         return explain_matrix(
             matrix,
             self.config,
@@ -221,12 +223,12 @@ class LayerwiseController:
         return {
             "version": state.VERSION,
             "next_update": self.next_update,
-            "matrices": list(self.matrix_index),
+            "matrices": [str(matrix) for matrix in self.matrix_index],
             "meaning": dict(self._meaning),
             "timing": {**self.config.timing(), **self._saved_window()},
             "schedule": self._schedule.state_dict(),
             # JSON has no NaN.
-            "alphas": {m: None if math.isnan(a) else a for m, a in self._alphas.items()},
+            "alphas": {str(m): None if math.isnan(a) else a for m, a in self._alphas.items()},
         }
 
     def load_state_dict(self, document: Mapping[str, Any]) -> None:
@@ -276,7 +278,7 @@ class LayerwiseController:
                 f"{flag('log_matrices')} roles logs blocks and roles instead"
             )
 
-    def _exponents(self, measurement: Measurement) -> dict[str, float]:
+    def _exponents(self, measurement: Measurement) -> dict[MatrixId, float]:
         """Exponent of every tunable matrix; NaN where there is none."""
         exponents = {}
         for matrix, info in self.matrix_index.items():
@@ -286,7 +288,7 @@ class LayerwiseController:
                 exponents[matrix] = math.nan if alpha is None else alpha
         return exponents
 
-    def _targets(self, alphas: Mapping[str, float]) -> dict[str, float]:
+    def _targets(self, alphas: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
         targets = together(lambda: targets_for(alphas, self.config))
         if self.config.policy not in POLICIES:
             # Someone else's code, run by every rank: nothing keeps it from drawing at random.
@@ -296,7 +298,7 @@ class LayerwiseController:
             )
         return targets
 
-    def _shared(self, targets: Mapping[str, float]) -> dict[str, float]:
+    def _shared(self, targets: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
         """Targets of all matrices, equal where `--llr-granularity` or an optimizer demands it."""
         assert self._schedule is not None
         # What is too small to be measured is at 1, whatever it last shared with others.

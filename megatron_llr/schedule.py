@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
+from megatron_llr.matrices.ids import MatrixId
 
 
 def window_end(config: LLRConfig, total_updates: int, start: int = 1) -> int:
@@ -68,8 +69,8 @@ class MultiplierSchedule:
         self.window_end = window_end
         self._observed_at: int | None = None
         self._current_ramp = self.ramp
-        self._old: dict[str, float] = {}
-        self._new: dict[str, float] = {}
+        self._old: dict[MatrixId, float] = {}
+        self._new: dict[MatrixId, float] = {}
 
     def due(self, s: int) -> bool:
         """Whether a measurement precedes update s."""
@@ -77,7 +78,7 @@ class MultiplierSchedule:
             return False
         return self._observed_at is None or s % self.interval == 0
 
-    def observe(self, s: int, targets: Mapping[str, float]) -> None:
+    def observe(self, s: int, targets: Mapping[MatrixId, float]) -> None:
         """Take new targets, measured before update s."""
         assert all(math.isfinite(target) and target > 0 for target in targets.values()), targets
         before = self.multipliers(s - 1) if self._observed_at is not None else {}
@@ -91,7 +92,7 @@ class MultiplierSchedule:
         self._current_ramp = self.ramp
 
     @property
-    def targets(self) -> dict[str, float]:
+    def targets(self) -> dict[MatrixId, float]:
         """Multipliers that the last ramp leads to, or has led to."""
         return dict(self._new)
 
@@ -118,7 +119,9 @@ class MultiplierSchedule:
         assert self._observed_at is not None
         return min(1.0, max(0.0, (s - self._observed_at + 1) / (self._current_ramp + 1)))
 
-    def multipliers(self, s: int, matrices: Iterable[str] | None = None) -> dict[str, float]:
+    def multipliers(
+        self, s: int, matrices: Iterable[MatrixId] | None = None
+    ) -> dict[MatrixId, float]:
         """Multiplier of every matrix at update s, for s from the last observation on.
 
         Args:
@@ -143,8 +146,8 @@ class MultiplierSchedule:
             "window_end": self.window_end,
             "observed_at": self._observed_at,
             "ramp": self._current_ramp,
-            "old": dict(self._old),
-            "new": dict(self._new),
+            "old": {str(matrix): value for matrix, value in self._old.items()},
+            "new": {str(matrix): value for matrix, value in self._new.items()},
         }
 
     @classmethod
@@ -156,6 +159,6 @@ class MultiplierSchedule:
         schedule._observed_at = None if observed_at is None else int(observed_at)
         # A ramp that was under way keeps its length, even if --llr-ramp-iters has changed.
         schedule._current_ramp = int(state["ramp"])
-        schedule._old = {matrix: float(value) for matrix, value in state["old"].items()}
-        schedule._new = {matrix: float(value) for matrix, value in state["new"].items()}
+        schedule._old = {MatrixId.read(m): float(value) for m, value in state["old"].items()}
+        schedule._new = {MatrixId.read(m): float(value) for m, value in state["new"].items()}
         return schedule

@@ -1,14 +1,13 @@
-"""Matrix ids: the canonical names of logical matrices, their blocks, roles and order."""
+"""`MatrixId`: the canonical name of a logical matrix, with its block, role and expert."""
 
-import functools
 import re
 from collections.abc import Mapping
 
 # Embedding-like matrices: their multiplier follows --llr-embedding, never the mapping.
 EMBEDDING_IDS = frozenset({"embedding", "position_embedding", "head"})
 
-# The order in which roles are listed, that of the data's way through a block. Shared experts and
-# experts have roles of their own: `expert.up` is another thing than the `up` of a dense block.
+# The roles in the order in which data passes through a block. Experts and shared experts have roles
+# of their own: `expert.up` is not the `up` of a dense block.
 ROLES = tuple(
     "embedding position_embedding eh_proj in_proj out_proj q_down q_up kv_down kv_up q k v "
     "attention.gate o router gate up down shared.mix shared.gate shared.up shared.down latent_down "
@@ -16,73 +15,126 @@ ROLES = tuple(
 )
 ROUTER = "router"
 
-_FIRST_NUMBER = re.compile(r"^(.*?\.)?(\d+)(?:\.|$)")
-_EXPERT = re.compile(r"\.expert\.(\d+)\.")
-_QUALIFIED = re.compile(r"\.(?:(attention)\d*\.(gate)|(shared)\.(\w+)|(expert)\.\d+\.(\w+))$")
-_PLACES = ("block.", "mtp.")
+BLOCK = "block"
+PREDICTION = "mtp"
+_CONTAINERS = (BLOCK, PREDICTION)
+
+_GRAMMAR = re.compile(
+    r"(?:(?P<container>block|mtp)\.(?P<number>\d+)\.)?"
+    r"(?:(?P<module>(?:attention|mlp|mamba)\d*(?:\.shared|\.expert(?=\.\d))?)\.)?"
+    r"(?:(?P<expert>\d+)\.)?"
+    r"(?P<weight>[a-z]\w*)"
+)
 
 
-def block_key(matrix: str) -> str:
-    """What tells one block from another in a matrix id: all up to its first number.
+class MatrixId(str):
+    """The canonical name of a logical matrix: a string that also knows its parts.
 
-    `block.3.mlp.up` gives `block.3`; ids outside the blocks (`embedding`) give themselves. Names of
-    Hugging Face modules (`model.layers.3.mlp.up_proj`) work alike.
+    Being a string, it indexes a table that was read from JSON, and a string indexes a table of
+    ids. It is made once, where the model is walked; `str()` gives the plain string that files hold.
+
+    Attributes:
+        container: `block.3`, `mtp.0`, or empty for embedding and head.
+        block: global number of its block; None outside the blocks.
+        module: module within the container, as `attention`, `mlp2`, `mlp.expert`; may be empty.
+        expert: global number of its expert, or None.
+        role: what it is for, the same in every block and for every expert: one of `ROLES`.
+        order: sort key of the model: embedding, blocks by number, multi-token prediction, head;
+            within a block by role, experts one after the other. `sorted()` uses it.
     """
-    found = _FIRST_NUMBER.match(matrix)
-    return f"{found[1] or ''}{found[2]}" if found else matrix
+
+    __slots__ = ("block", "container", "expert", "module", "order", "role", "weight")
+
+    block: int | None
+    container: str
+    expert: int | None
+    module: str
+    order: tuple[int, int, int, int, int, str]
+    role: str
+    weight: str
+
+    def __new__(
+        cls, weight: str, *, container: str = "", module: str = "", expert: int | None = None
+    ) -> "MatrixId":
+        """An id from its parts.
+
+        Args:
+            weight: last word of the id, as `q`, `down`, `embedding`.
+            container: `block.3` or `mtp.0`; empty for embedding and head.
+            module: module within the container, as `attention`, `mlp2`, `mlp.shared`.
+            expert: global number of the expert; the module is then `mlp.expert`.
+        """
+        number = "" if expert is None else str(expert)
+        words = (container, module, number, weight)
+        self = super().__new__(cls, ".".join(word for word in words if word))
+        self.container, self.module, self.expert, self.weight = container, module, expert, weight
+        kind, _, index = container.partition(".")
+        self.block = int(index) if kind == BLOCK else None
+        self.role = _role(module, weight)
+        self.order = self._order(kind, int(index or 0))
+        return self
+
+    @classmethod
+    def read(cls, text: str) -> "MatrixId":
+        """The id that a file names.
+
+        Raises:
+            ValueError: if the text is no matrix id.
+        """
+        match = _GRAMMAR.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a matrix id such as block.3.attention.q")
+        kind, number, module, expert, weight = match.groups()
+        return cls(
+            weight,
+            container=f"{kind}.{number}" if kind else "",
+            module=module or "",
+            expert=None if expert is None else int(expert),
+        )
+
+    def sibling(self, weight: str) -> "MatrixId":
+        """The id with another last word: `block.3.attention.qkv` gives `block.3.attention.k`."""
+        return MatrixId(weight, container=self.container, module=self.module, expert=self.expert)
+
+    def _order(self, kind: str, number: int) -> tuple[int, int, int, int, int, str]:
+        if kind in _CONTAINERS:
+            place = 1 + _CONTAINERS.index(kind)
+        else:
+            place = 0 if self in EMBEDDING_IDS and self != "head" else 1 + len(_CONTAINERS)
+        rank = ROLES.index(self.role) if self.role in ROLES else len(ROLES)
+        if self.expert is None:
+            return (place, number, rank, -1, -1, str(self))
+        return (place, number, ROLES.index("expert.gate"), self.expert, rank, str(self))
+
+    def __lt__(self, other: str) -> bool:
+        if isinstance(other, MatrixId):
+            return self.order < other.order
+        return super().__lt__(other)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str | int | None]]:
+        parts = {"container": self.container, "module": self.module, "expert": self.expert}
+        return (self.weight,), parts
 
 
-def block_of(matrix: str) -> int | None:
-    """Global number of the block that a matrix id names, or None outside the blocks."""
-    found = _FIRST_NUMBER.match(matrix)
-    return int(found[2]) if found and found[1] == "block." else None
+def _role(module: str, weight: str) -> str:
+    """`expert.up`, `shared.up` and `attention.gate` are roles of their own."""
+    kind, _, inner = module.partition(".")
+    if inner:
+        return f"{inner}.{weight}"
+    if weight == "gate" and kind.startswith("attention"):
+        return f"attention.{weight}"
+    return weight
 
 
-@functools.cache
-def role_of(matrix: str) -> str:
-    """What the matrix is for: one of `ROLES`, the same in every block and for every expert.
+def value_for_role(table: Mapping[str, float], matrix: MatrixId, default: float) -> float:
+    """The value that a table of roles has for a matrix.
 
-    The last word of its id (`q`, `down`, `embedding`), with the word before it where that makes it
-    another role: `attention.gate`, `shared.up`, `expert.up`.
-    """
-    found = _QUALIFIED.search(matrix)
-    if found:
-        return ".".join(word for word in found.groups() if word)
-    return matrix.rsplit(".", 1)[-1]
-
-
-def value_for_role(table: Mapping[str, float], matrix: str, default: float) -> float:
-    """What a table of roles says of a matrix; `up` speaks for `expert.up` and `shared.up` too,
-    where the table does not name them.
+    `up` applies to `expert.up` and `shared.up` too, unless the table names them.
 
     Args:
         table: role -> value.
         matrix: matrix id.
         default: value of roles that the table does not name.
     """
-    role = role_of(matrix)
-    general = role.removeprefix("expert.").removeprefix("shared.")
-    return table.get(role, table.get(general, default))
-
-
-def expert_of(matrix: str) -> int | None:
-    """Global number of the expert that a matrix id names, or None."""
-    found = _EXPERT.search(matrix)
-    return int(found[1]) if found else None
-
-
-def model_order(matrix: str) -> tuple[int, int, int, int, str]:
-    """Sort key of a matrix id: embedding, the blocks by number, multi-token prediction, head.
-
-    Within a block by role, experts one after the other.
-    """
-    found = _FIRST_NUMBER.match(matrix)
-    if found and found[1] in _PLACES:
-        place, number = 1 + _PLACES.index(found[1]), int(found[2])
-    else:
-        place, number = 0 if "embedding" in matrix else len(_PLACES) + 1, 0
-    role, expert = role_of(matrix), expert_of(matrix)
-    rank = ROLES.index(role) if role in ROLES else len(ROLES)
-    if expert is not None:
-        return (place, number, ROLES.index("expert.gate"), expert, f"{rank:02d}")
-    return (place, number, rank, -1, matrix)
+    general = matrix.role.removeprefix("expert.").removeprefix("shared.")
+    return table.get(matrix.role, table.get(general, default))

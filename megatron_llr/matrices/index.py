@@ -6,17 +6,17 @@ from functools import cache
 from typing import Any
 
 from megatron_llr.errors import topology_error, user_error
-from megatron_llr.matrices.ids import EMBEDDING_IDS, model_order
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MIN_EIGENVALUES, MatrixIndex, MatrixInfo
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.ranks import gather_distinct, gather_objects
 
-_Fact = tuple[str, int, int, bool]
-"""Cluster, rows, columns, whether it is split."""
+_Shape = tuple[str, int, int, bool]
+"""Id of the parameter, rows, columns, whether the matrix is split."""
 
 
 def build_matrix_index(shards: Sequence[MatrixShard]) -> MatrixIndex:
-    """Merge what every rank holds into one matrix_index. Enter on all ranks.
+    """Merge what every rank holds into one index. Enter on all ranks.
 
     Args:
         shards: the catalog of this rank.
@@ -29,54 +29,51 @@ def build_matrix_index(shards: Sequence[MatrixShard]) -> MatrixIndex:
         ValueError: if no rank holds a matrix that may be tuned.
         RuntimeError: if ranks disagree about the shape of a matrix.
     """
-    groups, matrices = _told_by(shards)
-    groups_by_rank = gather_objects(groups)
-    matrices_by_rank = gather_distinct(matrices)
-    # Replicas hold the same matrices in groups of their own: one list stands for all of them.
-    alike: dict[int, list[int]] = defaultdict(list)
-    for rank, told in enumerate(matrices_by_rank):
-        alike[id(told)].append(rank)
-    facts: dict[str, _Fact] = {}
-    held_in: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for ranks in alike.values():
-        for matrix, cluster, rows, columns, split, group in matrices_by_rank[ranks[0]]:
-            _check_fact(facts, matrix, (cluster, rows, columns, split), ranks[0])
+    own = [shard for shard in shards if not shard.copy]
+    groups = {ranks: index for index, ranks in enumerate(dict.fromkeys(s.ranks for s in own))}
+    groups_by_rank = gather_objects(list(groups))
+    matrices_by_rank = gather_distinct(
+        [(s.matrix, s.parameter_id, s.rows, s.columns, s.split, groups[s.ranks]) for s in own]
+    )
+    # Replicas hold the same matrices in groups of their own: one list serves all of them.
+    replicas: dict[int, list[int]] = defaultdict(list)
+    for rank, matrices in enumerate(matrices_by_rank):
+        replicas[id(matrices)].append(rank)
+    shapes: dict[MatrixId, _Shape] = {}
+    held_in: dict[MatrixId, list[tuple[int, int]]] = defaultdict(list)
+    for ranks in replicas.values():
+        for matrix, *shape, group in matrices_by_rank[ranks[0]]:
+            _check_shape(shapes, matrix, tuple(shape), ranks[0])
             held_in[matrix].append((ranks[0], group))
 
     @cache
     def holders(places: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
-        found = {
-            groups_by_rank[rank][group]
-            for first, group in places
-            for rank in alike[id(matrices_by_rank[first])]
-        }
-        return tuple(sorted(found))
-
-    matrix_index = {
-        matrix: MatrixInfo(matrix, cluster, rows, columns, holders(tuple(held_in[matrix])), split)
-        for matrix, (cluster, rows, columns, split) in sorted(
-            facts.items(), key=lambda item: model_order(item[0])
+        return tuple(
+            sorted(
+                {
+                    groups_by_rank[rank][group]
+                    for first, group in places
+                    for rank in replicas[id(matrices_by_rank[first])]
+                }
+            )
         )
-    }
+
+    matrix_index = {}
+    for matrix in sorted(shapes):
+        parameter_id, rows, columns, split = shapes[matrix]
+        held = holders(tuple(held_in[matrix]))
+        matrix_index[matrix] = MatrixInfo(matrix, parameter_id, rows, columns, held, split)
     require_tunable(matrix_index)
     return matrix_index
 
 
-def _told_by(shards: Sequence[MatrixShard]) -> tuple[list[tuple[int, ...]], list[tuple[Any, ...]]]:
-    """The groups that hold what this rank holds a part of; the matrices, each with its group."""
-    own = [shard for shard in shards if not shard.copy]
-    groups = {ranks: index for index, ranks in enumerate(dict.fromkeys(s.ranks for s in own))}
-    matrices = [(s.matrix, s.cluster, s.rows, s.columns, s.split, groups[s.ranks]) for s in own]
-    return list(groups), matrices
-
-
-def _check_fact(facts: dict[str, _Fact], matrix: str, fact: _Fact, rank: int) -> None:
-    if facts.setdefault(matrix, fact) != fact:
+def _check_shape(shapes: dict[MatrixId, _Shape], matrix: MatrixId, shape: Any, rank: int) -> None:
+    if shapes.setdefault(matrix, shape) != shape:
         raise topology_error(
             f"ranks disagree about the shape of {matrix}",
-            got=f"{facts[matrix]} and, on rank {rank}, {fact}",
+            got=f"{shapes[matrix]} and, on rank {rank}, {shape}",
             allowed="one shape",
-            remedy="report this layout; train without --llr-* flags meanwhile",
+            remedy="report this layout, and train without --llr-* flags until it is fixed",
         )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_llr.matrices.ids import MatrixId
+
 # A tail fitted to fewer eigenvalues says nothing (Layer-wise-Learning-Rate: eigs_thresh).
 MIN_EIGENVALUES = 50
 
@@ -12,8 +14,8 @@ class MatrixInfo:
     """What every rank knows of a logical matrix, wherever it lies.
 
     Attributes:
-        matrix: matrix id.
-        cluster: id of the Megatron parameter that holds it.
+        matrix: its id.
+        parameter_id: id of the Megatron parameter that holds it.
         rows: rows of the whole matrix.
         columns: its columns.
         holders: the groups of global ranks that hold it between them: one group per data-parallel
@@ -21,8 +23,8 @@ class MatrixInfo:
         split: whether the ranks of a group hold different parts.
     """
 
-    matrix: str
-    cluster: str
+    matrix: MatrixId
+    parameter_id: str
     rows: int
     columns: int
     holders: tuple[tuple[int, ...], ...]
@@ -44,5 +46,5 @@ class MatrixInfo:
         return self.num_eigenvalues >= MIN_EIGENVALUES
 
 
-MatrixIndex = Mapping[str, MatrixInfo]
+MatrixIndex = Mapping[MatrixId, MatrixInfo]
 """Matrix id -> what is known of it, over the whole job; identical on every rank, ordered."""

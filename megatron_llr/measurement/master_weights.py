@@ -82,7 +82,7 @@ class MasterWeights:
             if shard.matrix in owners and not shard.copy:
                 self._matrices[id(shard.parameter)].append(shard)
         self._parameters = {id(shard.parameter): shard.parameter for shard in shards}
-        self._names = {id(shard.parameter): shard.cluster for shard in shards}
+        self._names = {id(shard.parameter): shard.parameter_id for shard in shards}
         self._matrix_index, self._owners = matrix_index, owners
         self._groups = {id(group): group for group in copies.groups}
         self._whole: list[MasterSlice] = []

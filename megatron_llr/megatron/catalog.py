@@ -10,20 +10,21 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.tensor import DTensor
 
 from megatron_llr.errors import topology_error, user_error
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, Span
-from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.matrices.shard import Initializer, MatrixShard
 from megatron_llr.megatron.layers import Scope, find_scopes, split_name
 from megatron_llr.megatron.model_chunks import process_groups
 from megatron_llr.megatron.weight_names import (
-    EXPERT,
     MODEL_WEIGHTS,
     NO_MATRICES,
     PREDICTION_WEIGHTS,
-    WHOLE,
     HeldRows,
     RowLayout,
+    SingleWeight,
     TransformerShape,
     find_rule,
+    whole,
 )
 
 VOCABULARY = ("embedding", "head")
@@ -45,19 +46,19 @@ class Catalog:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a weight stands in the tables.
+    """What the tables say of a parameter.
 
     Attributes:
-        prefix: what its matrix ids begin with.
-        cluster: id of the parameter.
+        parameter: its own id, as `block.3.attention.qkv`; its matrices differ in the last word.
         layout: rows of the roles it holds.
+        initializer: what Megatron draws it with.
         of_expert: whether it is sharded over the expert's groups.
         copy: whether another stage holds the original.
     """
 
-    prefix: str
-    cluster: str
+    parameter: MatrixId
     layout: RowLayout
+    initializer: Initializer
     of_expert: bool = False
     copy: bool = False
 
@@ -100,8 +101,8 @@ def _shards(
         )
         held = [span for placement in placements for span in placement.spans]
         yield MatrixShard(
-            matrix=f"{place.prefix}.{role}" if role else place.prefix,
-            cluster=place.cluster,
+            matrix=place.parameter.sibling(role),
+            parameter_id=str(place.parameter),
             parameter=parameter,
             rows=max(span.logical + span.count for span in held),
             columns=columns * (len(ranks) if axis == 1 else 1),
@@ -109,6 +110,7 @@ def _shards(
             ranks=ranks,
             group=group,
             copy=place.copy,
+            initializer=place.initializer,
         )
 
 
@@ -164,36 +166,36 @@ class _Locator:
         """The place of a weight, or None if no table row knows it."""
         if name in MODEL_WEIGHTS:
             return self._outside(MODEL_WEIGHTS[name])
-        found = split_name(name, self._scopes)
-        return self._inside(*found) if found else None
+        layer = split_name(name, self._scopes)
+        return self._inside(*layer) if layer else None
 
     def is_no_matrix(self, name: str) -> bool:
         """Whether the tables know a tensor of many dimensions as none of this package's concern."""
-        found = split_name(name, self._scopes)
-        return found is not None and found[1] in NO_MATRICES
+        layer = split_name(name, self._scopes)
+        return layer is not None and layer[1] in NO_MATRICES
 
-    def _outside(self, matrix: str) -> _Place:
+    def _outside(self, weight: SingleWeight) -> _Place:
         # Stages that predict several tokens keep an embedding, and a head, of their own, and so
         # does the last stage where the two are tied: Megatron keeps all of them equal.
         original = self._last_stage
-        if matrix != "head" or self._tied:
+        if weight.role != "head" or self._tied:
             original = self._first_stage
-            matrix = "embedding" if matrix == "head" else matrix
-        return _Place(matrix, matrix, WHOLE, copy=not original)
+            if weight.role == "head":
+                weight = MODEL_WEIGHTS["embedding.word_embeddings.weight"]
+        matrix = MatrixId(weight.role)
+        return _Place(matrix, whole(weight.role), weight.initializer, copy=not original)
 
     def _inside(self, scope: Scope, path: str) -> _Place | None:
         if path in PREDICTION_WEIGHTS:
-            matrix = f"{scope.prefix}.{PREDICTION_WEIGHTS[path]}"
-            return _Place(matrix, matrix, WHOLE)
-        found = find_rule(path)
-        if found is None:
+            weight = PREDICTION_WEIGHTS[path]
+            return _Place(scope.matrix_id(weight.role), whole(weight.role), weight.initializer)
+        rule, expert = find_rule(path) or (None, None)
+        if rule is None:
             return None
-        rule, expert = found
-        tail = rule.prefix
         if expert is not None:
-            tail = tail.replace(EXPERT, str(self._first_expert + expert))
-        prefix = scope.name(tail)
-        return _Place(prefix, f"{prefix}.{rule.parameter}", rule.layout, rule.of_expert)
+            expert += self._first_expert
+        parameter = scope.matrix_id(rule.parameter, rule.module, expert)
+        return _Place(parameter, rule.layout, rule.initializer, rule.of_expert)
 
 
 def _first_expert(config: Any, groups: Any) -> int:

@@ -1,4 +1,4 @@
-"""Where the blocks of a model are: name of a layer's module -> what its matrix ids begin with.
+"""Where the blocks of a model are: name of a layer's module -> its block in matrix ids.
 
 Block numbers are global: pipeline stages, virtual stages and custom layouts are resolved by
 Megatron's own layer numbers.
@@ -6,9 +6,11 @@ Megatron's own layer numbers.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_llr.matrices.ids import BLOCK, PREDICTION, MatrixId
 
 _LAYER = re.compile(r"^decoder\.layers\.\d+$")
 _PREDICTION = re.compile(r"^mtp\.layers\.\d+$")
@@ -25,36 +27,43 @@ class Scope:
     """A layer, as matrix ids see it.
 
     Attributes:
-        prefix: what its ids begin with: `block.3`, `mtp.0`.
-        ordinal: 2 in the second layer of its kind within the prefix, whose ids say `mlp2`.
+        container: block or multi-token prediction layer that it belongs to: `block.3`, `mtp.0`.
+        ordinal: 2 in the second layer of its kind within the container, whose ids say `mlp2`.
     """
 
-    prefix: str
+    container: str
     ordinal: int = 1
 
-    def name(self, tail: str) -> str:
-        """Id of a weight, or its beginning: `block.3.mlp.expert.5` from `mlp.expert.5`."""
-        kind, dot, rest = tail.partition(".")
-        numbered = kind if self.ordinal == 1 else f"{kind}{self.ordinal}"
-        return f"{self.prefix}.{numbered}{dot}{rest}"
+    def matrix_id(self, weight: str, module: str = "", expert: int | None = None) -> MatrixId:
+        """Id of one of its weights.
+
+        Args:
+            weight: last word of the id.
+            module: as the weight tables name it: `mlp.expert`.
+            expert: global number of its expert.
+        """
+        if self.ordinal > 1:
+            kind, dot, inner = module.partition(".")
+            module = f"{kind}{self.ordinal}{dot}{inner}"
+        return MatrixId(weight, container=self.container, module=module, expert=expert)
 
 
-def hybrid_scopes(letters: str, prefix: str | None = None) -> list[Scope]:
+def hybrid_scopes(letters: str, container: str | None = None) -> list[Scope]:
     """The layers of a hybrid model: a block begins at every mixer, the others belong to the last.
 
     Layers before the first mixer belong to the first block.
 
     Args:
         letters: one for every layer of the whole model, pipeline stages joined.
-        prefix: what all of them belong to, instead of blocks.
+        container: what all of them belong to, instead of blocks.
     """
     scopes: list[Scope] = []
     block, seen = 0, Counter[str]()
     for letter in letters:
-        if letter in _MIXERS and prefix is None and not seen.keys().isdisjoint(_MIXERS.values()):
+        if letter in _MIXERS and container is None and not seen.keys().isdisjoint(_MIXERS.values()):
             block, seen = block + 1, Counter[str]()
         seen[_KINDS[letter]] += 1
-        scopes.append(Scope(prefix or f"block.{block}", seen[_KINDS[letter]]))
+        scopes.append(Scope(container or f"{BLOCK}.{block}", seen[_KINDS[letter]]))
     return scopes
 
 
@@ -67,25 +76,22 @@ def find_scopes(model: Any) -> dict[str, Scope]:
     # GPTModel has no pattern: every layer is a block.
     main, *predictions = (getattr(model, "hybrid_layer_pattern", None) or "").split("/")
     hybrid = hybrid_scopes(main.replace("|", ""))
-    found: dict[str, Scope] = {}
+    scopes: dict[str, Scope] = {}
     for name, module in model.named_modules():
         if _LAYER.match(name):
             # layer_number counts from 1, over all stages.
             number = int(module.layer_number) - 1
-            found[name] = hybrid[number] if hybrid else Scope(f"block.{number}")
+            scopes[name] = hybrid[number] if hybrid else Scope(f"{BLOCK}.{number}")
         elif _PREDICTION.match(name):
-            prefix = f"mtp.{int(module.layer_number) - 1}"
-            found[name] = Scope(prefix)
-            found.update(_inner_scopes(name, prefix, predictions))
-    return found
-
-
-def _inner_scopes(name: str, prefix: str, predictions: Sequence[str]) -> Mapping[str, Scope]:
-    inner = f"{name}.{_INNER}"
-    if not predictions:
-        return {inner: Scope(prefix)}
-    scopes = hybrid_scopes(predictions[0], prefix)
-    return {f"{inner}.layers.{index}": scope for index, scope in enumerate(scopes)}
+            container = f"{PREDICTION}.{int(module.layer_number) - 1}"
+            scopes[name] = Scope(container)
+            inner = f"{name}.{_INNER}"
+            if predictions:
+                for index, scope in enumerate(hybrid_scopes(predictions[0], container)):
+                    scopes[f"{inner}.layers.{index}"] = scope
+            else:
+                scopes[inner] = Scope(container)
+    return scopes
 
 
 def split_name(name: str, scopes: Mapping[str, Scope]) -> tuple[Scope, str] | None:

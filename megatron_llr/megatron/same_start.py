@@ -3,33 +3,18 @@
 Megatron draws each rank's part of a weight by itself: on a GPU from a generator of its
 tensor-parallel rank, on every pipeline stage from another seed, and where gate and up are fused the
 same draw lands in other matrices when the layout changes. Here every logical matrix is drawn whole,
-on the CPU, from a seed made of `--seed` and its id, with Megatron's own initialiser for it, and
+on the CPU, from a seed made of `--seed` and its id, with Megatron's own initializer for it, and
 each rank keeps its part.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_llr.matrices.ids import role_of
 from megatron_llr.matrices.shard import MatrixShard
-
-# Roles that Megatron initialises with `output_layer_init_method` (its linear_proj and linear_fc2).
-_OUTPUT_ROLES = frozenset({"o", "down", "shared.down", "expert.down", "latent_up", "out_proj"})
-
-
-def _initialiser(matrix: str, config: Any) -> Callable[[torch.Tensor], object]:
-    role = role_of(matrix)
-    method = config.init_method
-    if role in _OUTPUT_ROLES:
-        method = config.output_layer_init_method
-    elif "embedding" in role or (role == "head" and getattr(config, "use_mup", False)):
-        method = config.embedding_init_method
-    found: Callable[[torch.Tensor], object] = method
-    return found
 
 
 def _seed_of(matrix: str, seed: int) -> int:
@@ -42,7 +27,7 @@ def _draw(shard: MatrixShard, seed: int, config: Any) -> torch.Tensor:
     whole = torch.empty(shard.rows, shard.columns, dtype=torch.float32, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed_of(shard.matrix, seed))
-        _initialiser(shard.matrix, config)(whole)
+        shard.initializer(config)(whole)
     return whole
 
 

@@ -6,9 +6,11 @@ A new weight is one row here and one test; nothing else in the package knows a m
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from megatron_llr.matrices.layout import Span, Spans, interleaved, sectioned, stacked
+from megatron_llr.matrices.shard import Initializer
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ RowLayout = Callable[[TransformerShape, HeldRows], Spans]
 """(shape of the model, rows held) -> runs of rows of every role."""
 
 
-def _whole(role: str) -> RowLayout:
+def whole(role: str) -> RowLayout:
+    """Layout of a parameter that is one logical matrix."""
     return lambda shape, held: {role: (Span(0, held.shard * held.count, held.count),)}
 
 
@@ -94,6 +97,16 @@ def _fc1(shape: TransformerShape, held: HeldRows) -> Spans:
     return stacked(roles, held.count, held.shard)
 
 
+# Which of TransformerConfig's initializers Megatron draws a weight with.
+INPUT: Initializer = attrgetter("init_method")
+OUTPUT: Initializer = attrgetter("output_layer_init_method")
+EMBEDDING: Initializer = attrgetter("embedding_init_method")
+
+
+def _head_initializer(config: Any) -> Any:
+    return EMBEDDING(config) if getattr(config, "use_mup", False) else INPUT(config)
+
+
 @dataclass(frozen=True)
 class WeightRule:
     """One weight of a block.
@@ -101,15 +114,17 @@ class WeightRule:
     Attributes:
         path: name of the weight below its layer; `#` stands for the number of an expert, among
             those that the rank holds.
-        prefix: what its matrix ids begin with, below the block; `#` as in `path`.
+        module: module in its matrix ids: `attention`, `mlp`, `mlp.expert`, `mlp.shared`, `mamba`.
         parameter: word for the whole Megatron parameter, for `--llr-granularity parameter`.
         layout: rows of the roles it holds.
+        initializer: what Megatron draws it with.
     """
 
     path: str
-    prefix: str
+    module: str
     parameter: str
     layout: RowLayout
+    initializer: Initializer
 
     @property
     def of_expert(self) -> bool:
@@ -117,67 +132,80 @@ class WeightRule:
         return EXPERT in self.path
 
 
+@dataclass(frozen=True)
+class SingleWeight:
+    """A weight that is one logical matrix, outside the blocks or next to the block of a
+    multi-token prediction layer.
+
+    Attributes:
+        role: last word of its matrix id.
+        initializer: what Megatron draws it with.
+    """
+
+    role: str
+    initializer: Initializer
+
+
 EXPERT = "#"
 
 
-def _one(path: str, prefix: str, role: str) -> WeightRule:
-    """A weight that is one logical matrix."""
-    return WeightRule(path, prefix, role, _whole(role))
+def _one(path: str, module: str, role: str, initializer: Initializer) -> WeightRule:
+    """A weight of a block that is one logical matrix."""
+    return WeightRule(path, module, role, whole(role), initializer)
 
 
 BLOCK_WEIGHTS: tuple[WeightRule, ...] = (
-    WeightRule("self_attention.linear_qkv.weight", "attention", "qkv", _qkv),
-    _one("self_attention.linear_proj.weight", "attention", "o"),
+    WeightRule("self_attention.linear_qkv.weight", "attention", "qkv", _qkv, INPUT),
+    _one("self_attention.linear_proj.weight", "attention", "o", OUTPUT),
     # multi-latent attention
-    _one("self_attention.linear_q_proj.weight", "attention", "q"),
-    _one("self_attention.linear_q_down_proj.weight", "attention", "q_down"),
-    _one("self_attention.linear_q_up_proj.weight", "attention", "q_up"),
-    _one("self_attention.linear_kv_down_proj.weight", "attention", "kv_down"),
-    _one("self_attention.linear_kv_up_proj.weight", "attention", "kv_up"),
-    WeightRule("self_attention.linear_qkv_down_proj.weight", "attention", "qkv_down", _latent_qkv),
+    _one("self_attention.linear_q_proj.weight", "attention", "q", INPUT),
+    _one("self_attention.linear_q_down_proj.weight", "attention", "q_down", INPUT),
+    _one("self_attention.linear_q_up_proj.weight", "attention", "q_up", INPUT),
+    _one("self_attention.linear_kv_down_proj.weight", "attention", "kv_down", INPUT),
+    _one("self_attention.linear_kv_up_proj.weight", "attention", "kv_up", INPUT),
+    WeightRule(
+        "self_attention.linear_qkv_down_proj.weight", "attention", "qkv_down", _latent_qkv, INPUT
+    ),
     # dense feed-forward
-    WeightRule("mlp.linear_fc1.weight", "mlp", "fc1", _fc1),
-    _one("mlp.linear_fc2.weight", "mlp", "down"),
+    WeightRule("mlp.linear_fc1.weight", "mlp", "fc1", _fc1, INPUT),
+    _one("mlp.linear_fc2.weight", "mlp", "down", OUTPUT),
     # experts: SequentialMLP, then TEGroupedMLP
-    WeightRule("mlp.experts.local_experts.#.linear_fc1.weight", "mlp.expert.#", "fc1", _fc1),
-    _one("mlp.experts.local_experts.#.linear_fc2.weight", "mlp.expert.#", "down"),
-    WeightRule("mlp.experts.linear_fc1.weight#", "mlp.expert.#", "fc1", _fc1),
-    _one("mlp.experts.linear_fc2.weight#", "mlp.expert.#", "down"),
+    WeightRule("mlp.experts.local_experts.#.linear_fc1.weight", "mlp.expert", "fc1", _fc1, INPUT),
+    _one("mlp.experts.local_experts.#.linear_fc2.weight", "mlp.expert", "down", OUTPUT),
+    WeightRule("mlp.experts.linear_fc1.weight#", "mlp.expert", "fc1", _fc1, INPUT),
+    _one("mlp.experts.linear_fc2.weight#", "mlp.expert", "down", OUTPUT),
     # the rest of a mixture of experts
-    _one("mlp.router.weight", "mlp", "router"),
-    _one("mlp.fc1_latent_proj.weight", "mlp", "latent_down"),
-    _one("mlp.fc2_latent_proj.weight", "mlp", "latent_up"),
-    WeightRule("mlp.shared_experts.linear_fc1.weight", "mlp.shared", "fc1", _fc1),
-    _one("mlp.shared_experts.linear_fc2.weight", "mlp.shared", "down"),
-    _one("mlp.shared_experts.gate_weight", "mlp.shared", "mix"),
+    _one("mlp.router.weight", "mlp", "router", INPUT),
+    _one("mlp.fc1_latent_proj.weight", "mlp", "latent_down", INPUT),
+    _one("mlp.fc2_latent_proj.weight", "mlp", "latent_up", OUTPUT),
+    WeightRule("mlp.shared_experts.linear_fc1.weight", "mlp.shared", "fc1", _fc1, INPUT),
+    _one("mlp.shared_experts.linear_fc2.weight", "mlp.shared", "down", OUTPUT),
+    _one("mlp.shared_experts.gate_weight", "mlp.shared", "mix", INPUT),
     # Mamba
-    WeightRule("mixer.in_proj.weight", "mamba", "in_proj", _sections("in_proj")),
-    _one("mixer.out_proj.weight", "mamba", "out_proj"),
+    WeightRule("mixer.in_proj.weight", "mamba", "in_proj", _sections("in_proj"), INPUT),
+    _one("mixer.out_proj.weight", "mamba", "out_proj", OUTPUT),
 )
 
-# Weights outside the blocks: name in the model -> matrix id.
-MODEL_WEIGHTS: dict[str, str] = {
-    "embedding.word_embeddings.weight": "embedding",
-    "embedding.position_embeddings.weight": "position_embedding",
-    "output_layer.weight": "head",
+# Weights outside the blocks, by their name in the model.
+MODEL_WEIGHTS: dict[str, SingleWeight] = {
+    "embedding.word_embeddings.weight": SingleWeight("embedding", EMBEDDING),
+    "embedding.position_embeddings.weight": SingleWeight("position_embedding", EMBEDDING),
+    "output_layer.weight": SingleWeight("head", _head_initializer),
 }
 
-# Weights of a multi-token prediction layer beside the block in it: name below the layer -> role.
-PREDICTION_WEIGHTS: dict[str, str] = {"eh_proj.weight": "eh_proj"}
+# Weights of a multi-token prediction layer next to the block in it, by their name below the layer.
+PREDICTION_WEIGHTS: dict[str, SingleWeight] = {"eh_proj.weight": SingleWeight("eh_proj", INPUT)}
 
 # Tensors of more than one dimension that are no matrices, by their name below the layer: their
 # multiplier is 1. The convolution of a Mamba mixer has one short filter per channel.
 NO_MATRICES = frozenset({"mixer.conv1d_weight", "mixer.conv1d.weight"})
-
-# The parameter is one logical matrix, and its id needs no role after it.
-WHOLE: RowLayout = _whole("")
 
 _BY_PATH = {rule.path: rule for rule in BLOCK_WEIGHTS}
 _EXPERT_NUMBER = re.compile(r"(?<=^mlp\.experts\.local_experts\.)\d+(?=\.)|(?<=\.weight)\d+$")
 
 
 def find_rule(path: str) -> tuple[WeightRule, int | None] | None:
-    """The table row of a weight, and the number of its expert on this rank; None of strangers.
+    """The table row of a weight and the number of its expert on this rank; None if it has no row.
 
     Args:
         path: name of the weight below its layer.
@@ -188,7 +216,7 @@ def find_rule(path: str) -> tuple[WeightRule, int | None] | None:
 
 
 def row_layout(path: str) -> RowLayout | None:
-    """How the rows of a block's weight, or of the bias beside it, are laid out; None of others.
+    """How the rows of a block's weight, or of its bias, are laid out; None if it has no row.
 
     Args:
         path: name of the tensor below its layer, as `self_attention.linear_qkv.bias`.

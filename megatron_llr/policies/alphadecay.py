@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_llr.config import LLRConfig
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.policies.assign import assign_multipliers
 
 
-def alphadecay(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def alphadecay(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """AlphaDecay (He et al., arXiv 2506.14562): the heavier the tail, the weaker the decay.
 
     The multipliers are factors on `--weight-decay`; learning rates stay the base rate. The mapping

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
-from megatron_llr.matrices.ids import EMBEDDING_IDS, block_key
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies.mappings import BOUNDED, MAPPINGS, Bounds, Scale
 
 WITHIN_BLOCK = "block-"
@@ -20,19 +20,19 @@ def _kind(config: LLRConfig) -> str:
     return config.mapping.removeprefix(WITHIN_BLOCK)
 
 
-def _fit(pool: Mapping[str, float], config: LLRConfig) -> Scale | None:
+def _fit(pool: Mapping[MatrixId, float], config: LLRConfig) -> Scale | None:
     """The configured mapping, fitted to one pool of exponents."""
     bounds = Bounds(config.min_multiplier, config.max_multiplier, config.quantile, config.inverse)
     return MAPPINGS[_kind(config)](list(pool.values()), bounds)
 
 
-def _scales(pool: Mapping[str, float], config: LLRConfig) -> dict[str, Scale]:
+def _scales(pool: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, Scale]:
     """Scale of every matrix of the pool: one for the model, or one for each block."""
-    pools: dict[str, dict[str, float]] = defaultdict(dict)
+    within_block = config.mapping.startswith(WITHIN_BLOCK)
+    pools: dict[str, dict[MatrixId, float]] = defaultdict(dict)
     for matrix, alpha in pool.items():
-        key = block_key(matrix) if config.mapping.startswith(WITHIN_BLOCK) else ""
-        pools[key][matrix] = alpha
-    scales: dict[str, Scale] = {}
+        pools[matrix.container if within_block else ""][matrix] = alpha
+    scales: dict[MatrixId, Scale] = {}
     for members in pools.values():
         scale = _fit(members, config)
         if scale is not None:
@@ -41,7 +41,10 @@ def _scales(pool: Mapping[str, float], config: LLRConfig) -> dict[str, Scale]:
 
 
 def _embedding_target(
-    alpha: float | None, pool: Mapping[str, float], targets: Mapping[str, float], config: LLRConfig
+    alpha: float | None,
+    pool: Mapping[MatrixId, float],
+    targets: Mapping[MatrixId, float],
+    config: LLRConfig,
 ) -> float | None:
     fixed = config.embedding_multiplier()
     if config.embedding == "max":
@@ -55,7 +58,9 @@ def _embedding_target(
     return scale(alpha) if scale else None
 
 
-def assign_multipliers(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def assign_multipliers(
+    alphas: Mapping[MatrixId, float], config: LLRConfig
+) -> dict[MatrixId, float]:
     """Target multiplier of every matrix from its exponent: LLR, arXiv 2605.22297.
 
     Embedding, position embedding and head stay out of the pool that the mapping is fitted to; they

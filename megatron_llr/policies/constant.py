@@ -1,4 +1,4 @@
-"""Policies that look at a matrix's role alone: `uniform`, `embedding-only`, `fixed`."""
+"""Policies that look only at a matrix's role: `uniform`, `embedding-only`, `fixed`."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_llr.config import LLR_TABLE, LLRConfig, flag
 from megatron_llr.errors import user_error
-from megatron_llr.matrices.ids import EMBEDDING_IDS, ROLES, ROUTER, value_for_role
+from megatron_llr.matrices.ids import EMBEDDING_IDS, ROLES, ROUTER, MatrixId, value_for_role
 from megatron_llr.policies.mean import mean_one
 
 # What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
@@ -21,16 +21,16 @@ LLR_CONSTANTS: Mapping[str, float] = {
 }
 
 
-def uniform(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def uniform(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Every multiplier 1: plain training, measured like the others."""
     return dict.fromkeys(alphas, 1.0)
 
 
-def embedding_only(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def embedding_only(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Embedding and head at `config.embedding`, everything else at 1.
 
     The first control of LLR (arXiv 2605.22297): how much of its gain is a larger learning rate on
-    the embedding? A larger one there alone is also what arXiv 2502.19002 finds to matter most.
+    the embedding? A larger one only there is also what arXiv 2502.19002 finds to matter most.
     """
     multiplier = config.embedding_multiplier()
     assert multiplier is not None, "checked in LLRConfig"
@@ -61,7 +61,7 @@ def read_role_table(path: str) -> Mapping[str, float]:
             f"bad {flag('role_table')} {path}",
             got="; ".join(wrong),
             allowed=f"a JSON object of roles ({', '.join(ROLES)}) and finite numbers above 0",
-            remedy=f"mend the file, or give {LLR_TABLE} for the constants that LLR converged to",
+            remedy=f"fix the file, or give {LLR_TABLE} for the constants that LLR converged to",
         )
     return {role: float(value) for role, value in table.items()}
 
@@ -77,7 +77,7 @@ def meaning_of(config: LLRConfig) -> dict[str, Any]:
     return {**config.meaning(), "role_table": held}
 
 
-def fixed(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def fixed(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """One multiplier per role, whatever the spectra say (`--llr-role-table`).
 
     With the table `llr`: the constants that LLR's multipliers converged to in its authors' 1B run

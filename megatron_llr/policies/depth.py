@@ -11,26 +11,25 @@ import math
 from collections.abc import Callable, Mapping
 
 from megatron_llr.config import LLRConfig
-from megatron_llr.matrices.ids import block_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.policies.mean import mean_one
 
 
-def depths(matrices: Mapping[str, float]) -> dict[str, float]:
+def depths(matrices: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
     """Matrix id -> depth, 0 to 1; a single block has depth 0."""
-    numbers = {matrix: block_of(matrix) for matrix in matrices}
-    last = max((number for number in numbers.values() if number is not None), default=0)
-    found = {}
-    for matrix, number in numbers.items():
-        if number is None:
-            found[matrix] = 0.0 if "embedding" in matrix else 1.0
-        else:
-            found[matrix] = number / last if last else 0.0
-    return found
+    last = max((matrix.block for matrix in matrices if matrix.block is not None), default=0)
+
+    def depth(matrix: MatrixId) -> float:
+        if matrix.block is None:
+            return 0.0 if "embedding" in matrix.role else 1.0
+        return matrix.block / last if last else 0.0
+
+    return {matrix: depth(matrix) for matrix in matrices}
 
 
 def _by_depth(
-    alphas: Mapping[str, float], config: LLRConfig, decay: Callable[[float, float], float]
-) -> dict[str, float]:
+    alphas: Mapping[MatrixId, float], config: LLRConfig, decay: Callable[[float, float], float]
+) -> dict[MatrixId, float]:
     targets = {
         matrix: decay(1.0 - depth if config.inverse else depth, config.depth_floor)
         for matrix, depth in depths(alphas).items()
@@ -38,12 +37,12 @@ def _by_depth(
     return mean_one(targets, config)
 
 
-def linear(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def linear(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """A line: 1 - (1 - f) d (idea: arXiv 2408.06292)."""
     return _by_depth(alphas, config, lambda depth, floor: 1.0 - (1.0 - floor) * depth)
 
 
-def exponential(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def exponential(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """A power, f^d: from block to block the same factor, f^(1 / (B - 1)) (idea: arXiv 2408.06292).
 
     The layer-wise learning-rate decay of fine-tuning (ULMFiT, arXiv 1801.06146; ELECTRA) is this
@@ -52,7 +51,7 @@ def exponential(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, flo
     return _by_depth(alphas, config, lambda depth, floor: floor**depth)
 
 
-def cosine(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def cosine(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Half a cosine: f + (1 - f) (1 + cos(pi d)) / 2 (idea: arXiv 2408.06292)."""
     return _by_depth(
         alphas,

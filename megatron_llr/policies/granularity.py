@@ -1,29 +1,19 @@
-"""Which matrices share a multiplier, and what they share: the mean of theirs, by size."""
+"""Which matrices share a multiplier, and what they share: the mean of theirs, weighted by size."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-from megatron_llr.matrices.ids import EMBEDDING_IDS, block_key, role_of
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
 
 
-def _shares_with(info: MatrixInfo, granularity: str, held: Collection[str]) -> str:
-    """Name of the set of matrices that this one shares a multiplier with; its own id if alone."""
-    if granularity == "parameter":
-        return info.cluster
-    alone = info.matrix in EMBEDDING_IDS or info.matrix in held or not info.tunable
-    if granularity == "projection" or alone:
-        return info.matrix
-    return role_of(info.matrix) if granularity == "role" else block_key(info.matrix)
-
-
 def share_multipliers(
-    targets: Mapping[str, float],
+    targets: Mapping[MatrixId, float],
     matrix_index: MatrixIndex,
     granularity: str,
     inseparable: Collection[str] = (),
     held: Collection[str] = (),
-) -> dict[str, float]:
+) -> dict[MatrixId, float]:
     """Replace the multipliers of matrices that share one by their mean, weighted by size.
 
     Args:
@@ -32,37 +22,50 @@ def share_multipliers(
         granularity: `projection`, `parameter`, `role` or `block`.
         inseparable: matrices that share their Megatron parameter's multiplier whatever the
             granularity, because their optimizer cannot step parts of a tensor.
-        held: matrices that are no part of their role or block (`held_at_one`).
+        held: matrices that do not count as part of their role or block (`held_at_one`).
 
     Returns:
-        Multiplier of every matrix of the matrix_index. Matrices too small to be measured stay at 1,
-        except that they take part in the mean of a parameter that shares one.
+        Multiplier of every matrix of the index. Matrices too small to be measured stay at 1, except
+        that they take part in the mean of a parameter that shares one.
     """
+
+    def shared_with(info: MatrixInfo) -> str:
+        """Name of the set that a matrix shares its multiplier with; its own id if there is none."""
+        if granularity == "parameter":
+            return info.parameter_id
+        excluded = info.matrix in EMBEDDING_IDS or info.matrix in held or not info.tunable
+        if granularity == "projection" or excluded:
+            return info.matrix
+        return info.matrix.role if granularity == "role" else info.matrix.container
+
     shared = _means(
         {matrix: targets.get(matrix, 1.0) for matrix in matrix_index},
-        {matrix: _shares_with(info, granularity, held) for matrix, info in matrix_index.items()},
+        {matrix: shared_with(info) for matrix, info in matrix_index.items()},
         matrix_index,
     )
     # Last: a role or a block may have given the parts of one parameter different means.
-    clusters = {m: info.cluster if m in inseparable else m for m, info in matrix_index.items()}
-    return _means(shared, clusters, matrix_index)
+    parameters = {
+        matrix: info.parameter_id if matrix in inseparable else matrix
+        for matrix, info in matrix_index.items()
+    }
+    return _means(shared, parameters, matrix_index)
 
 
 def _means(
-    values: Mapping[str, float], sets: Mapping[str, str], matrix_index: MatrixIndex
-) -> dict[str, float]:
-    """The mean of its set, by size, in place of every value."""
-    members: dict[str, list[str]] = defaultdict(list)
+    values: Mapping[MatrixId, float], sets: Mapping[MatrixId, str], matrix_index: MatrixIndex
+) -> dict[MatrixId, float]:
+    """In place of every value, the mean of its set, weighted by size."""
+    members: dict[str, list[MatrixId]] = defaultdict(list)
     for matrix, name in sets.items():
         members[name].append(matrix)
-    means = {name: _mean(found, values, matrix_index) for name, found in members.items()}
+    means: dict[str, float] = {}
+    for name, matrices in members.items():
+        first = values[matrices[0]]
+        if all(values[matrix] == first for matrix in matrices):
+            # Exactly the value where all are equal, so that sharing changes nothing there.
+            means[name] = first
+        else:
+            sizes = [matrix_index[matrix].numel for matrix in matrices]
+            weighted = (values[m] * n for m, n in zip(matrices, sizes, strict=True))
+            means[name] = sum(weighted) / sum(sizes)
     return {matrix: means[name] for matrix, name in sets.items()}
-
-
-def _mean(matrices: Sequence[str], values: Mapping[str, float], matrix_index: MatrixIndex) -> float:
-    found = [values[matrix] for matrix in matrices]
-    # Exactly the value where all are equal, so that sharing changes nothing there.
-    if len(set(found)) == 1:
-        return found[0]
-    sizes = [matrix_index[matrix].numel for matrix in matrices]
-    return sum(v * n for v, n in zip(found, sizes, strict=True)) / sum(sizes)

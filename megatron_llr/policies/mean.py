@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from megatron_llr.config import LLRConfig
-from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 
 
-def mean_one(targets: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def mean_one(targets: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Divide by the mean over all matrices but embedding and head, if `config` asks for it.
 
     Embedding and head are divided too: a policy that gives them a number of its own gives it

@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
-from megatron_llr.matrices.ids import ROUTER, role_of
+from megatron_llr.matrices.ids import ROUTER, MatrixId
 from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
 
-Policy = Callable[[Mapping[str, float], LLRConfig], Mapping[str, float]]
+Policy = Callable[[Mapping[MatrixId, float], LLRConfig], Mapping[MatrixId, float]]
 """(matrix id -> exponent, settings) -> (matrix id -> multiplier).
 
 The ids are those of all matrices that may be tuned, in model order, but the routers unless
@@ -27,7 +27,7 @@ def _refused(name: str, got: object) -> ValueError:
         got=got,
         allowed=f"{', '.join(POLICIES)}, or package.module:function of a function that can be "
         "imported (PYTHONPATH)",
-        remedy=f"mend the function, or set {flag('policy')}",
+        remedy=f"fix the function, or set {flag('policy')}",
     )
 
 
@@ -63,25 +63,25 @@ def acts_on(name: str) -> str:
     return target
 
 
-def held_at_one(matrices: Iterable[str], config: LLRConfig) -> frozenset[str]:
-    """Matrices whose multiplier is 1 under any policy, and that no policy hears of."""
+def held_at_one(matrices: Iterable[MatrixId], config: LLRConfig) -> frozenset[MatrixId]:
+    """Matrices whose multiplier is 1 under any policy, and that are not passed to policies."""
     if config.router != "one":
         return frozenset()
-    return frozenset(matrix for matrix in matrices if role_of(matrix) == ROUTER)
+    return frozenset(matrix for matrix in matrices if matrix.role == ROUTER)
 
 
-def targets_for(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def targets_for(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Targets that `config.policy` gives; a matrix left out keeps its multiplier.
 
     Raises:
         ValueError: if a user's own policy fails, or gives what is no multiplier.
     """
     held = held_at_one(alphas, config)
-    told = {matrix: alpha for matrix, alpha in alphas.items() if matrix not in held}
-    return {**_ask(told, config), **dict.fromkeys(held, 1.0)}
+    asked = {matrix: alpha for matrix, alpha in alphas.items() if matrix not in held}
+    return {**_ask(asked, config), **dict.fromkeys(held, 1.0)}
 
 
-def _ask(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def _ask(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     policy = load_policy(config.policy)
     if config.policy in POLICIES:
         return dict(policy(alphas, config))
@@ -92,4 +92,4 @@ def _ask(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     for matrix, value in targets.items():
         if matrix not in alphas or not (math.isfinite(value) and value > 0):
             raise _refused(config.policy, f"{matrix}: {value}, no matrix or no number above 0")
-    return targets
+    return {matrix: targets[matrix] for matrix in alphas if matrix in targets}

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_llr.config import LLRConfig
-from megatron_llr.matrices.ids import EMBEDDING_IDS, model_order
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies.assign import assign_multipliers
 
 
-def random(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def random(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """The multipliers that LLR (arXiv 2605.22297) gives, permuted over the matrices.
 
     Same values, same mean, no meaning: a policy whose gain this keeps owes nothing to its order.
@@ -17,13 +17,13 @@ def random(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     layout; embedding and head keep theirs.
     """
     targets = assign_multipliers(alphas, config)
-    others = sorted((m for m in targets if m not in EMBEDDING_IDS), key=model_order)
+    others = sorted(matrix for matrix in targets if matrix not in EMBEDDING_IDS)
     values = [targets[matrix] for matrix in others]
     generators.Random(config.random_seed).shuffle(values)
     return {**targets, **dict(zip(others, values, strict=True))}
 
 
-def inverse(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
+def inverse(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """LLR (arXiv 2605.22297) turned round: the heavier the tail, the larger the rate.
 
     Its mean differs from that of `esd`: compare the two with `--llr-mean-preserving`.

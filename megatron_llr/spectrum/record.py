@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_llr.matrices.ids import MatrixId
+
 
 @dataclass(frozen=True, slots=True)
 class SpectrumRecord:
@@ -45,5 +47,5 @@ class SpectrumRecord:
         return value
 
 
-SpectrumTable = Mapping[str, SpectrumRecord]
+SpectrumTable = Mapping[MatrixId, SpectrumRecord]
 """Matrix id -> record; identical on every rank."""

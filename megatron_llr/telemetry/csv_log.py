@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.output import replaced_file
 from megatron_llr.spectrum.record import SpectrumTable
@@ -84,16 +85,18 @@ class CsvLog:
         self,
         iteration: int,
         table: SpectrumTable,
-        targets: Mapping[str, float],
+        targets: Mapping[MatrixId, float],
         matrix_index: MatrixIndex,
     ) -> None:
         """The rows of one measurement."""
         rows = log_rows.role_measurement_rows if self.by_role else log_rows.measurement_rows
         self._measurements.append(rows(iteration, table, targets, matrix_index))
 
-    def write_spectra(self, spectra: Mapping[str, Any]) -> None:
+    def write_spectra(self, spectra: Mapping[MatrixId, Any]) -> None:
         """Singular values of the latest measurement, one array per matrix id."""
-        arrays: dict[str, Any] = {matrix: np.asarray(values) for matrix, values in spectra.items()}
+        arrays: dict[str, Any] = {
+            str(matrix): np.asarray(values) for matrix, values in spectra.items()
+        }
         with replaced_file(self._spectra) as partial:
             np.savez(partial, **arrays)
 

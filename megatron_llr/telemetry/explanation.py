@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
-from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MIN_EIGENVALUES, MatrixIndex
 from megatron_llr.policies import acts_on, held_at_one
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
@@ -108,23 +108,25 @@ def _number(value: float | None) -> str:
     return "held by other ranks" if value is None else f"{value:.4g}"
 
 
-def require_matrix(matrix: str, matrix_index: MatrixIndex) -> None:
-    """Refuse an id that is not in the model.
+def find_matrix(name: str, matrix_index: MatrixIndex) -> MatrixId:
+    """The matrix of the model that a user names.
 
     Raises:
         ValueError: naming some that are.
     """
-    if matrix not in matrix_index:
+    matrix = next((matrix for matrix in matrix_index if matrix == name), None)
+    if matrix is None:
         names = list(matrix_index)
         raise user_error(
-            f"the model has no matrix {matrix!r}",
-            got=matrix,
+            f"the model has no matrix {name!r}",
+            got=name,
             allowed=f"one of {len(names)} ids, such as {', '.join(names[:4])}",
             remedy=f"see {flag('dry_run')} for all ids",
         )
+    return matrix
 
 
-def _rule(matrix: str, matrix_index: MatrixIndex, config: LLRConfig) -> str:
+def _rule(matrix: MatrixId, matrix_index: MatrixIndex, config: LLRConfig) -> str:
     """What fixes a multiplier without the mapping."""
     if not matrix_index[matrix].tunable:
         return f"fewer than {MIN_EIGENVALUES} eigenvalues: 1"
@@ -146,12 +148,12 @@ def _policy(config: LLRConfig) -> str:
 
 
 def explain_matrix(
-    matrix: str,
+    matrix: MatrixId,
     config: LLRConfig,
     matrix_index: MatrixIndex,
     *,
     owner: int | None,
-    alphas: Mapping[str, float],
+    alphas: Mapping[MatrixId, float],
     schedule: MultiplierSchedule | None,
     shared: bool,
     update: int,

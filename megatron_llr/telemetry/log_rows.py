@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_llr.config import ESTIMATORS
-from megatron_llr.matrices.ids import block_of, expert_of, role_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.spectrum.record import SpectrumTable
 from megatron_llr.telemetry.tables import Spread, block_label, by_block_and_role, spread_of
@@ -49,12 +49,15 @@ ROLE_MEASUREMENT_FIELDS = (*_GROUP, *_spread_fields((*_EXPONENTS, "target_multip
 ROLE_RATE_FIELDS = (*_GROUP, *_spread_fields(RATE_FIELDS[2:]))
 
 Row = dict[str, Any]
-Rates = tuple[str, float, float, float, float | None]
+Rates = tuple[MatrixId, float, float, float, float | None]
 """Matrix id, multiplier, learning rate, effective rate, relative update (None: not recorded)."""
 
 
 def measurement_rows(
-    iteration: int, table: SpectrumTable, targets: Mapping[str, float], matrix_index: MatrixIndex
+    iteration: int,
+    table: SpectrumTable,
+    targets: Mapping[MatrixId, float],
+    matrix_index: MatrixIndex,
 ) -> Iterator[Row]:
     """One row per logical matrix; spectral columns are empty where it was not measured, those of
     exponents that `--llr-estimator` did not ask for throughout.
@@ -63,9 +66,9 @@ def measurement_rows(
         row: Row = {
             "iteration": iteration,
             "matrix": matrix,
-            "block": block_of(matrix),
-            "role": role_of(matrix),
-            "expert": expert_of(matrix),
+            "block": matrix.block,
+            "role": matrix.role,
+            "expert": matrix.expert,
             "rows": info.rows,
             "cols": info.columns,
             "num_eigenvalues": info.num_eigenvalues,
@@ -88,7 +91,10 @@ def rate_rows(iteration: int, rates: Iterable[Rates]) -> Iterator[Row]:
 
 
 def role_measurement_rows(
-    iteration: int, table: SpectrumTable, targets: Mapping[str, float], matrix_index: MatrixIndex
+    iteration: int,
+    table: SpectrumTable,
+    targets: Mapping[MatrixId, float],
+    matrix_index: MatrixIndex,
 ) -> Iterator[Row]:
     """One row per block and role; an exponent's columns are empty where none was measured."""
     for matrices in by_block_and_role(matrix_index).values():
@@ -110,9 +116,9 @@ def role_rate_rows(iteration: int, rates: Iterable[Rates]) -> Iterator[Row]:
         yield row
 
 
-def _group(iteration: int, matrices: list[str]) -> Row:
+def _group(iteration: int, matrices: list[MatrixId]) -> Row:
     first = matrices[0]
-    values = (iteration, block_label(first), role_of(first), len(matrices))
+    values = (iteration, block_label(first), first.role, len(matrices))
     return dict(zip(_GROUP, values, strict=True))
 
 

@@ -1,13 +1,12 @@
-"""Carries measurements and learning rates to the files, the host's writers and the console."""
+"""Writes measurements and learning rates to CSV files, TensorBoard, W&B and the console."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from megatron_llr.config import ESTIMATORS
-from megatron_llr.matrices.ids import block_key, expert_of, role_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.spectrum.record import SpectrumTable
 from megatron_llr.telemetry.csv_log import CsvLog
@@ -15,7 +14,7 @@ from megatron_llr.telemetry.tables import Spread, by_block_and_role, by_role, sp
 
 logger = logging.getLogger(__name__)
 
-# What W&B draws our curves over. Its own step is the host's iteration, which skipped updates leave
+# What W&B draws our curves over. Its own step is Megatron's iteration, which skipped updates leave
 # behind; and one iteration may hold the rates of an update and the measurement before the next.
 _UPDATE, _MEASURED = "llr/update", "llr/measured_before_update"
 
@@ -43,28 +42,22 @@ class ScalarWriter(Protocol):
         """Record one value."""
 
 
-@functools.cache
-def _series(matrix: str) -> str:
+def _series(matrix: MatrixId) -> str:
     """Name of a matrix in a scalar's tag: role first, so that a role's curves lie together."""
     words = [_group_series(matrix)]
-    expert, key = expert_of(matrix), block_key(matrix)
-    kind = matrix.removeprefix(f"{key}.").partition(".")[0]
-    if kind != matrix and kind[-1].isdigit():
+    kind = matrix.module.partition(".")[0]
+    if kind[-1:].isdigit():
         # A block's second layer of a kind: mlp2.
         words.append(kind)
-    if expert is not None:
-        words.append(f"expert_{expert:03d}")
+    if matrix.expert is not None:
+        words.append(f"expert_{matrix.expert:03d}")
     return "/".join(words)
 
 
-@functools.cache
-def _group_series(matrix: str) -> str:
+def _group_series(matrix: MatrixId) -> str:
     """Name of a matrix's block and role in a scalar's tag: `up/block_003`, `q/mtp_000`."""
-    key = block_key(matrix)
-    if key == matrix:
-        return role_of(matrix)
-    place, _, number = key.rpartition(".")
-    return f"{role_of(matrix)}/{place}_{int(number):03d}"
+    kind, _, number = matrix.container.partition(".")
+    return f"{matrix.role}/{kind}_{int(number):03d}" if number else matrix.role
 
 
 class Observer:
@@ -73,10 +66,10 @@ class Observer:
     Args:
         say: prints a line, on one rank of the job.
         csv_log: the CSV files, on the rank that writes them.
-        tensorboard: the host's writer, on the rank that has one.
-        wandb: the host's Weights & Biases module or run, on the rank that has one.
-        wandb_step: step of the row that the host is about to log there. Without it values join the
-            row of the host's next call of `log`.
+        tensorboard: Megatron's writer, on the rank that has one.
+        wandb: Megatron's Weights & Biases module or run, on the rank that has one.
+        wandb_step: step of the row that Megatron logs there next. Without it values join the row
+            of Megatron's next call of `log`.
         log_interval: updates from one row of learning rates to the next.
         by_role: scalars per block and role, as the CSV files have it where they do.
     """
@@ -120,7 +113,7 @@ class Observer:
         if self._csv is not None:
             self._csv.open(measured_up_to=measured_up_to, rates_up_to=rates_up_to)
         if self._wandb is not None:
-            self._to_host("the axes of W&B's curves", self._define_axes)
+            self._to_writer("the axes of W&B's curves", self._define_axes)
 
     def _define_axes(self) -> None:
         axes = {f"llr/{name}*": _UPDATE for name in MatrixRates._fields}
@@ -146,7 +139,7 @@ class Observer:
         self,
         iteration: int,
         table: SpectrumTable,
-        targets: Mapping[str, float],
+        targets: Mapping[MatrixId, float],
         matrix_index: MatrixIndex,
         spectra: Mapping[str, Any],
     ) -> None:
@@ -162,13 +155,13 @@ class Observer:
             self._scalars(f"llr/alpha_{estimator}", alphas, iteration, _MEASURED)
         self._scalars("llr/target_multiplier", targets, iteration, _MEASURED)
 
-    def stepped(self, iteration: int, rates: Mapping[str, MatrixRates]) -> None:
+    def stepped(self, iteration: int, rates: Mapping[MatrixId, MatrixRates]) -> None:
         """Record the learning rates that update `iteration` used, and how far it went."""
         if self._csv is not None:
             rows = [(matrix, *values) for matrix, values in rates.items()]
             self._guarded(lambda csv_log: csv_log.write_rates(iteration, rows))
         for name in MatrixRates._fields:
-            values = {matrix: getattr(found, name) for matrix, found in rates.items()}
+            values = {matrix: getattr(rate, name) for matrix, rate in rates.items()}
             self._scalars(f"llr/{name}", values, iteration, _UPDATE)
 
     def _guarded(self, write: Callable[[CsvLog], None]) -> None:
@@ -179,16 +172,16 @@ class Observer:
         except OSError as broken:
             logger.warning("megatron_llr: %s not written: %s", self._csv.folder, broken)
 
-    def _to_host(self, what: str, write: Callable[[], None]) -> None:
+    def _to_writer(self, what: str, write: Callable[[], None]) -> None:
         try:
             write()
         except Exception as broken:  # a full disk, a lost server: each writer has errors of its own
             logger.warning("megatron_llr: %s not written: %s", what, broken)
 
     def _scalars(
-        self, tag: str, found: Mapping[str, float | None], iteration: int, axis: str
+        self, tag: str, given: Mapping[MatrixId, float | None], iteration: int, axis: str
     ) -> None:
-        values = {matrix: value for matrix, value in found.items() if value is not None}
+        values = {matrix: value for matrix, value in given.items() if value is not None}
         if not values or (self._tensorboard is None and self._wandb is None):
             return
         scalars = (
@@ -203,15 +196,15 @@ class Observer:
             if self._tensorboard is not None:
                 _add_scalars(self._tensorboard, scalars, iteration)
             if self._wandb is not None:
-                # A step ahead of the host's, or a row closed here, and W&B drops what the host logs
+                # A step ahead of Megatron's, or a row closed here, and W&B drops what Megatron logs
                 # next; a step behind it, and W&B drops ours.
                 step = self._wandb_step() if self._wandb_step else None
                 self._wandb.log({**scalars, axis: iteration}, step=step, commit=False)
 
-        self._to_host(tag, write)
+        self._to_writer(tag, write)
 
     @staticmethod
-    def _by_block(tag: str, values: Mapping[str, float]) -> dict[str, float]:
+    def _by_block(tag: str, values: Mapping[MatrixId, float]) -> dict[str, float]:
         """One scalar where a block has one matrix of a role, else mean, minimum and maximum."""
         scalars: dict[str, float] = {}
         for matrices in by_block_and_role(values).values():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.telemetry.observer import MatrixRates
 
@@ -12,10 +13,10 @@ def matrix_rates(
     norms: Sequence[float],
     base_rates: Sequence[float],
     relative_updates: Sequence[float | None],
-    multipliers: Mapping[str, float],
+    multipliers: Mapping[MatrixId, float],
     *,
     on_rate: bool,
-) -> dict[str, MatrixRates]:
+) -> dict[MatrixId, MatrixRates]:
     """What an update did to every matrix.
 
     Args:
@@ -26,7 +27,7 @@ def matrix_rates(
         multipliers: those that the update used.
         on_rate: whether they are factors on the learning rate.
     """
-    rates: dict[str, MatrixRates] = {}
+    rates: dict[MatrixId, MatrixRates] = {}
     rows = zip(matrix_index, norms, base_rates, relative_updates, strict=True)
     for matrix, norm, base_rate, relative in rows:
         rate = base_rate * (multipliers[matrix] if on_rate else 1.0)

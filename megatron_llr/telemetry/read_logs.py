@@ -1,4 +1,4 @@
-"""The CSV files of a run read back, row by row: per matrix or per block and role, all the same."""
+"""Reads the CSV files of a run: a row per matrix, or per block and role."""
 
 import csv
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_llr.matrices.ids import role_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.telemetry.csv_log import files_of
 from megatron_llr.telemetry.log_rows import SPREAD
 from megatron_llr.telemetry.tables import Spread, block_label, role_table
@@ -51,15 +51,17 @@ class _Total:
 
 
 class _Cells:
-    """One row: whom it speaks of, and what it says."""
+    """One row, of a matrix or of a block and role."""
 
     def __init__(self, row: Mapping[str, str], *, by_role: bool) -> None:
         self._row, self._by_role = row, by_role
         self.iteration = int(row["iteration"])
         self.count = int(row["matrices"]) if by_role else 1
-        matrix = row.get("matrix", "")
-        self.role = row["role"] if by_role else role_of(matrix)
-        self.block = row["block"] if by_role else block_label(matrix)
+        if by_role:
+            self.role, self.block = row["role"], row["block"]
+        else:
+            matrix = MatrixId.read(row["matrix"])
+            self.role, self.block = matrix.role, block_label(matrix)
 
     def spread(self, column: str) -> Spread | None:
         """Of a column that may be missing or empty."""
@@ -102,7 +104,7 @@ def _spreads[Key: Hashable](
         spread = cells.spread(column)
         if spread is not None and not (above_zero and spread.low <= 0):
             totals[key(cells)].add(spread, cells.count)
-    return {found: total.spread() for found, total in totals.items()}
+    return {name: total.spread() for name, total in totals.items()}
 
 
 def last_measurement(folder: Path) -> Measured:
@@ -165,7 +167,7 @@ def rates_by_role(
     """
     rows = _cells(folder, 1)
     spreads = _spreads(rows, column, lambda cells: (cells.role, cells.iteration), above_zero)
-    found: dict[str, dict[int, Spread]] = defaultdict(dict)
+    by_role: dict[str, dict[int, Spread]] = defaultdict(dict)
     for (role, update), spread in spreads.items():
-        found[role][update] = spread
-    return dict(found)
+        by_role[role][update] = spread
+    return dict(by_role)

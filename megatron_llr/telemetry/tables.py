@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_llr.matrices.ids import block_key, block_of, role_of
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
 
 
@@ -18,32 +18,33 @@ class Spread:
 
 
 def spread_of(values: Iterable[float | None]) -> Spread | None:
-    """Spread of what is there: None and NaN are left out; None if nothing is left."""
-    found = [value for value in values if value is not None and value == value]
-    return Spread(sum(found) / len(found), min(found), max(found)) if found else None
+    """Spread of the known values: None and NaN are left out; None if nothing is left."""
+    known = [value for value in values if value is not None and value == value]
+    return Spread(sum(known) / len(known), min(known), max(known)) if known else None
 
 
-def by_role(values: Mapping[str, float]) -> dict[str, Spread]:
+def by_role(values: Mapping[MatrixId, float]) -> dict[str, Spread]:
     """Role -> spread of a quantity, roles in the order of their first matrix; NaN is left out."""
     grouped: dict[str, list[float]] = defaultdict(list)
     for matrix, value in values.items():
-        grouped[role_of(matrix)].append(value)
-    spreads = {role: spread_of(found) for role, found in grouped.items()}
+        grouped[matrix.role].append(value)
+    spreads = {role: spread_of(members) for role, members in grouped.items()}
     return {role: spread for role, spread in spreads.items() if spread is not None}
 
 
-def by_block_and_role(matrices: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+def by_block_and_role(
+    matrices: Iterable[MatrixId],
+) -> dict[tuple[str, str], list[MatrixId]]:
     """(block label, role) -> matrix ids, in their order: the experts of a block come together."""
-    grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    grouped: dict[tuple[str, str], list[MatrixId]] = defaultdict(list)
     for matrix in matrices:
-        grouped[block_label(matrix), role_of(matrix)].append(matrix)
+        grouped[block_label(matrix), matrix.role].append(matrix)
     return dict(grouped)
 
 
-def block_label(matrix: str) -> str:
+def block_label(matrix: MatrixId) -> str:
     """The block's number, `mtp.0` in multi-token prediction, nothing outside."""
-    block, key = block_of(matrix), block_key(matrix)
-    return str(block) if block is not None else "" if key == matrix else key
+    return matrix.container if matrix.block is None else str(matrix.block)
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -79,13 +80,15 @@ def role_table(
 
 
 def matrix_table(
-    matrix_index: MatrixIndex, owners: Mapping[str, int], multipliers: Mapping[str, float]
+    matrix_index: MatrixIndex,
+    owners: Mapping[MatrixId, int],
+    multipliers: Mapping[MatrixId, float],
 ) -> str:
     """Every matrix with its role, shape, the ranks that hold it, its owner and its multiplier."""
     rows = [
         (
             matrix,
-            role_of(matrix),
+            matrix.role,
             f"{info.rows}x{info.columns}",
             shards_of(info),
             owners.get(matrix, "-"),
@@ -105,7 +108,9 @@ def shards_of(info: MatrixInfo) -> str:
 
 
 def block_table(
-    matrix_index: MatrixIndex, owners: Mapping[str, int], multipliers: Mapping[str, float]
+    matrix_index: MatrixIndex,
+    owners: Mapping[MatrixId, int],
+    multipliers: Mapping[MatrixId, float],
 ) -> str:
     """Every role of every block: matrices, their shapes, how many ranks own them, multipliers."""
     rows = []

@@ -12,6 +12,7 @@ from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement import exchange
 from megatron_llr.ranks import gather_distinct, gather_objects, require_equal
+from tests.reference.matrix_ids import shard_of
 
 
 @pytest.mark.world_size(1, 2, 4)
@@ -72,7 +73,7 @@ def test_the_directory_is_the_plain_merge_of_what_ranks_hold() -> None:
 
     def shard(matrix: str, ranks: tuple[int, ...], copy: bool = False) -> MatrixShard:
         placements = tuple(Placement((Span(0, 0, 64),), 0, 64) for _ in ranks)
-        return MatrixShard(matrix, "c", parameter, 64, 64, placements, ranks, None, copy)
+        return shard_of(matrix, parameter, placements, 64, 64, ranks, copy)
 
     pair = (here - here % 2, here - here % 2 + 1)
     shards = [shard(f"block.{b}.attention.q", pair) for b in range(2)]
@@ -90,6 +91,6 @@ def test_the_directory_is_the_plain_merge_of_what_ranks_hold() -> None:
     holders = [info.holders for info in matrix_index.values()]
     assert len({id(found) for found in holders}) == len(set(holders))
     assert len(plain["block.0.mlp.expert.1.up"]) == world // 2
-    other = MatrixShard("head", "c", parameter, 64 + here, 64, (), (here,), None)
+    other = shard_of("head", parameter, (), 64 + here, 64, (here,))
     with pytest.raises(RuntimeError, match=r"ranks disagree about the shape of head.*on rank 1"):
         build_matrix_index([*shards, other])

@@ -9,9 +9,11 @@ from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Flo
 from transformer_engine_torch import DType
 
 from megatron_llr import analyze_matrix
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.exchange import cut, read_weight
+from megatron_llr.megatron.weight_names import INPUT
 
 
 def quantised(weight: torch.Tensor) -> torch.nn.Parameter:
@@ -35,8 +37,9 @@ def quantised(weight: torch.Tensor) -> torch.nn.Parameter:
 
 def shard_of(parameter: Any, spans: tuple[Span, ...], columns: int) -> MatrixShard:
     return MatrixShard(
-        matrix="block.0.attention.q",
-        cluster="block.0.attention.qkv",
+        matrix=MatrixId.read("block.0.attention.q"),
+        parameter_id="block.0.attention.qkv",
+        initializer=INPUT,
         parameter=parameter,
         rows=sum(span.count for span in spans),
         columns=columns,

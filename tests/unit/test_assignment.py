@@ -4,6 +4,7 @@ import pytest
 
 from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.measurement.owners import assign_owners, cost
+from tests.reference.matrix_ids import info
 
 # hidden, ffn, heads (all of them key/value heads), blocks (arXiv 2605.22297 and its repository)
 MODELS = {"1b": (2048, 5461, 24), "3b": (2560, 6848, 32)}
@@ -22,8 +23,8 @@ def model(name: str, *, tp: int, pp: int, dp: int) -> list[MatrixInfo]:
         shapes = dict.fromkeys("qkvo", (hidden, hidden))
         shapes |= {"gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn)}
         for role, (rows, columns) in shapes.items():
-            name = f"block.{block}.x.{role}"
-            found.append(MatrixInfo(name, name, rows, columns, holders, tp > 1))
+            name = f"block.{block}.mlp.{role}"
+            found.append(info(name, name, rows, columns, holders, tp > 1))
     return found
 
 
@@ -38,10 +39,10 @@ def test_the_slowest_rank_is_near_the_lower_bound(name: str, tp: int, pp: int, d
     matrices = model(name, tp=tp, pp=pp, dp=dp)
     owners = assign_owners(matrices)
     load: dict[int, float] = {}
-    for info in matrices:
-        assert any(owners[info.matrix] in group for group in info.holders)
-        load[owners[info.matrix]] = load.get(owners[info.matrix], 0.0) + cost(info)
-    costs = sorted((cost(info) for info in matrices), reverse=True)
+    for matrix in matrices:
+        assert any(owners[matrix.matrix] in group for group in matrix.holders)
+        load[owners[matrix.matrix]] = load.get(owners[matrix.matrix], 0.0) + cost(matrix)
+    costs = sorted((cost(matrix) for matrix in matrices), reverse=True)
     ranks = tp * pp * dp
     crowded = sum(costs[ranks - 1 : ranks + 1]) if len(costs) > ranks else 0.0
     several = -(-len(costs) // ranks) * costs[-1]
@@ -55,14 +56,14 @@ def test_each_matrix_goes_to_the_least_loaded_of_its_holders() -> None:
     for expert in range(300):
         ranks = tuple((4 * (expert % 5) + replica,) for replica in range(3))
         name = f"block.0.mlp.expert.{expert}.up"
-        matrices.append(MatrixInfo(name, name, 512 + expert // 100, 768, ranks, False))
+        matrices.append(info(name, name, 512 + expert // 100, 768, ranks))
     load = dict.fromkeys(range(32), 0.0)
     owners = assign_owners(matrices)
-    for info in sorted(matrices, key=lambda info: (-cost(info), info.matrix)):
-        holders = {rank for group in info.holders for rank in group}
+    for matrix in sorted(matrices, key=lambda info: (-cost(info), info.matrix)):
+        holders = {rank for group in matrix.holders for rank in group}
         expected = min(holders, key=lambda rank: (load[rank], rank))
-        assert owners[info.matrix] == expected
-        load[expected] += cost(info)
+        assert owners[matrix.matrix] == expected
+        load[expected] += cost(matrix)
 
 
 def test_owners_depend_on_nothing_but_the_matrices() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_llr import LLRConfig, MultiplierSchedule, analyze_matrix, assign_multipliers
+from tests.reference.matrix_ids import from_hugging_face
 from tests.reference.parity import OfficialRamps
 
 
@@ -81,7 +82,8 @@ MAPPINGS = {
 def test_assignment(golden: Path) -> None:
     """Every mapping, within blocks and inverted: linear to 1e-9, the others (float32) to 1e-6."""
     document = json.loads((golden / "assignment.json").read_text())
-    alphas = dict(zip(document["names"], document["alphas"], strict=True))
+    names = [from_hugging_face(name) for name in document["names"]]
+    alphas = dict(zip(names, document["alphas"], strict=True))
     for case in document["cases"]:
         name = case["assign_func"]
         config = LLRConfig(
@@ -94,7 +96,7 @@ def test_assignment(golden: Path) -> None:
         # The official inverse log2 multiplies by n where it should divide.
         official_slip = len(alphas) ** 2 if name == "tb_log2" and config.inverse else 1
         tolerance = 1e-9 if name.endswith("linear_map") else 1e-6
-        for matrix, ratio in zip(document["names"], case["ratios"], strict=True):
+        for matrix, ratio in zip(names, case["ratios"], strict=True):
             assert found[matrix] == pytest.approx(ratio / official_slip, rel=tolerance), case
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llr.matrices.layout import Placement, Span, flat_ranges, interleaved, stacked
-from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.exchange import assemble
 from megatron_llr.megatron.weight_names import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
+from tests.reference.matrix_ids import shard_of
 
 RULES = {rule.path: rule.layout for rule in BLOCK_WEIGHTS}
 
@@ -140,5 +140,6 @@ def test_a_matrix_is_split_though_the_first_ranks_hold_nothing_of_it(
             for rank in range(shards)
         )
         ranks = tuple(range(shards))
-        shard = MatrixShard(name, "c", torch.nn.Parameter(torch.ones(1)), 1, 5, held, ranks, None)
+        parameter = torch.nn.Parameter(torch.ones(1))
+        shard = shard_of(name, parameter, held, 1, 5, ranks)
         assert shard.split

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_llr.matrices.info import MatrixInfo
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.telemetry import plots
 from megatron_llr.telemetry.csv_log import CsvLog, files_of
@@ -18,16 +18,18 @@ from megatron_llr.telemetry.log_rows import (
 from megatron_llr.telemetry.observer import MatrixRates, Observer
 from megatron_llr.telemetry.read_logs import read_rows
 from megatron_llr.telemetry.tables import by_role, role_table
+from tests.reference.matrix_ids import by_id, info
 from tests.unit.recorder import Recorder
 
-MATRIX = "block.2.mlp.up"
-DIRECTORY = {MATRIX: MatrixInfo(MATRIX, "block.2.mlp.fc1", 64, 64, ((0,),), False)}
+MATRIX = MatrixId.read("block.2.mlp.up")
+HEAD = MatrixId("head")
+MATRIX_INDEX = {MATRIX: info(MATRIX, "block.2.mlp.fc1")}
 
 
 def test_tensorboard_and_wandb_get_the_same_scalars() -> None:
     tensorboard, wandb = Recorder(), Recorder()
     observer = Observer(say=print, tensorboard=tensorboard, wandb=wandb)
-    rates = {MATRIX: MatrixRates(2.0, 2e-3, 1e-4, 3e-3), "head": MatrixRates(5.0, 5e-3, 2e-4)}
+    rates = {MATRIX: MatrixRates(2.0, 2e-3, 1e-4, 3e-3), HEAD: MatrixRates(5.0, 5e-3, 2e-4)}
     observer.stepped(7, rates)
     assert tensorboard.scalars["llr/multiplier/up/block_002"] == 2.0
     assert tensorboard.scalars["llr/learning_rate/head"] == 5e-3
@@ -45,14 +47,14 @@ def test_wandb_drops_neither_the_hosts_values_nor_ours() -> None:
     under_way = 0
     observer = Observer(say=print, wandb=wandb, wandb_step=lambda: under_way)
     observer.open(measured_up_to=0, rates_up_to=0)
-    observer.measured(1, {}, {MATRIX: 1.0}, DIRECTORY, {})
+    observer.measured(1, {}, {MATRIX: 1.0}, MATRIX_INDEX, {})
     update = 0
     for under_way in range(1, 7):
         if under_way > 2:
             update += 1
             observer.stepped(update, {MATRIX: MatrixRates(float(update), 1.0, 1.0)})
             if update % 2:
-                observer.measured(update + 1, {}, {MATRIX: 10.0 + update}, DIRECTORY, {})
+                observer.measured(update + 1, {}, {MATRIX: 10.0 + update}, MATRIX_INDEX, {})
         wandb.log({"lm loss": 9.0}, under_way)
     assert wandb.dropped == []
     assert [row.get("lm loss") for row in wandb.rows.values()] == [None] + [9.0] * 6
@@ -162,7 +164,7 @@ def test_the_exponents_that_set_the_multipliers_are_logged(by_role: bool, tmp_pa
     observer.open(measured_up_to=1, rates_up_to=1)
     values = torch.rand(64, generator=torch.Generator().manual_seed(1)).double().sort().values
     record = record_from_eigenvalues(values, estimators=("ks",), method="gram64")
-    observer.measured(2, {MATRIX: record}, {MATRIX: 1.0}, DIRECTORY, {MATRIX: values})
+    observer.measured(2, {MATRIX: record}, {MATRIX: 1.0}, MATRIX_INDEX, {MATRIX: values})
     assert recorder.scalars["llr/alpha_ks/up/block_002"] == record.alpha_ks
     assert recorder.scalars["llr/alpha_ks-by-role/up/mean"] == record.alpha_ks
     assert recorder.scalars["llr/alpha_hill_median/up/block_002"] == record.alpha_hill_median
@@ -175,7 +177,7 @@ def test_the_exponents_that_set_the_multipliers_are_logged(by_role: bool, tmp_pa
 
 
 def test_the_role_table_shows_what_was_not_measured() -> None:
-    alphas, factors = by_role({MATRIX: 2.5}), by_role({MATRIX: 1.5, "head": 5.0})
+    alphas, factors = by_role({MATRIX: 2.5}), by_role({MATRIX: 1.5, HEAD: 5.0})
     table = role_table({"up": 1, "head": 1}, alphas, factors).splitlines()
     assert table[1].split() == ["up", "1", "2.500", "1.500", "to", "1.500"]
     assert table[2].split() == ["head", "1", "-", "5.000", "to", "5.000"]
@@ -189,7 +191,7 @@ def test_torchs_writer_gets_all_scalars_of_a_tag_in_one_event(tmp_path: Path) ->
 
     writer = tensorboard.SummaryWriter(str(tmp_path))
     stand_in = Recorder()
-    rates = {f"block.{n}.mlp.up": MatrixRates(n + 1.0, 1e-3, 1e-4, 3e-3) for n in range(5)}
+    rates = by_id({f"block.{n}.mlp.up": MatrixRates(n + 1.0, 1e-3, 1e-4, 3e-3) for n in range(5)})
     for to in (writer, stand_in):
         Observer(say=print, tensorboard=to).stepped(7, rates)
     writer.close()

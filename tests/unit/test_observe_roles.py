@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llr.matrices.info import MatrixInfo
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.spectrum import record_from_eigenvalues
 from megatron_llr.telemetry import plots
 from megatron_llr.telemetry.csv_log import CsvLog, files_of
@@ -16,11 +16,16 @@ from megatron_llr.telemetry.log_rows import (
 from megatron_llr.telemetry.observer import MatrixRates, Observer
 from megatron_llr.telemetry.read_logs import last_measurement, last_role_table, read_rows
 from megatron_llr.telemetry.tables import block_table
+from tests.reference.matrix_ids import by_id, info
 from tests.unit.recorder import Recorder
 
-EXPERTS = [f"block.2.mlp.expert.{number}.up" for number in range(3)]
-MOE = ["embedding", "block.2.attention.q", *EXPERTS, "mtp.0.attention.q", "head"]
-MOE_DIRECTORY = {m: MatrixInfo(m, m, 64, 64 + 32 * (m in EXPERTS), ((0,),), False) for m in MOE}
+EXPERTS = [MatrixId.read(f"block.2.mlp.expert.{number}.up") for number in range(3)]
+MOE = [
+    *map(MatrixId.read, ("embedding", "block.2.attention.q")),
+    *EXPERTS,
+    *map(MatrixId.read, ("mtp.0.attention.q", "head")),
+]
+MOE_INDEX = {m: info(m, columns=64 + 32 * (m in EXPERTS)) for m in MOE}
 TARGETS = {m: 1.0 + index / 4 for index, m in enumerate(MOE)}
 
 
@@ -38,7 +43,7 @@ def write_moe(folder: Path, updates: int, *, by_role: bool, kept: int = 0) -> No
             for matrix, found in values.items()
             if matrix not in ("embedding", "head", EXPERTS[2])
         }
-        csv_log.write_measurement(update, table, TARGETS, MOE_DIRECTORY)
+        csv_log.write_measurement(update, table, TARGETS, MOE_INDEX)
         rates = [(m, t, t * 1e-3, t * 1e-4, None if m == MOE[1] else t) for m, t in TARGETS.items()]
         csv_log.write_rates(update, rates)
 
@@ -122,7 +127,7 @@ def test_curves_have_names_of_their_own(tmp_path: Path) -> None:
     ]
     ids += ["block.2.mlp2.expert.0.up"]
     recorder = Recorder()
-    rates = {matrix: MatrixRates(float(index), 1, 1) for index, matrix in enumerate(ids)}
+    rates = by_id({matrix: MatrixRates(float(index), 1, 1) for index, matrix in enumerate(ids)})
     Observer(say=print, tensorboard=recorder).stepped(1, rates)
     tags = [tag for tag in recorder.scalars if tag.startswith("llr/multiplier/")]
     assert len(tags) == len(ids)
@@ -152,7 +157,7 @@ def test_curves_per_block_and_role_are_few(tmp_path: Path) -> None:
 
 def test_the_table_of_blocks_has_a_line_per_role() -> None:
     owners = {matrix: index % 2 for index, matrix in enumerate(EXPERTS)}
-    lines = [line.split() for line in block_table(MOE_DIRECTORY, owners, TARGETS).splitlines()]
+    lines = [line.split() for line in block_table(MOE_INDEX, owners, TARGETS).splitlines()]
     assert lines[0] == ["block", "role", "matrices", "shape", "owners", "multiplier"]
     assert lines[1] == ["-", "embedding", "1", "64x64", "-", "1.0000", "to", "1.0000"]
     assert lines[3] == ["2", "expert.up", "3", "64x96", "2", "1.5000", "to", "2.0000"]

@@ -8,15 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llr import LLRConfig, assign_multipliers
+import megatron_llr
+from megatron_llr import LLRConfig, policies
 from megatron_llr.config import Granularity, MappingName, ModelMapping
-from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
-from megatron_llr.policies import held_at_one, share_multipliers, targets_for
+from megatron_llr.matrices.ids import MatrixId
+from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.policies import held_at_one, share_multipliers
 from megatron_llr.policies.assign import WITHIN_BLOCK
 from megatron_llr.policies.mappings import MAPPINGS
 from megatron_llr.policy_table import POLICIES
+from tests.reference.matrix_ids import by_id, info
 
 ALPHAS = {"block.0.mlp.up": 2.0, "block.0.mlp.down": 3.0, "block.1.mlp.up": 4.0}
+
+
+def assign_multipliers(alphas: dict[str, float], config: LLRConfig) -> dict[MatrixId, float]:
+    return megatron_llr.assign_multipliers(by_id(alphas), config)
+
+
+def targets_for(alphas: dict[str, float], config: LLRConfig) -> dict[MatrixId, float]:
+    return policies.targets_for(by_id(alphas), config)
 
 
 def test_linear_is_the_papers_map() -> None:
@@ -63,7 +74,7 @@ def test_no_exponent_gives_a_multiplier_that_is_not_finite(
 
 
 def test_equal_or_missing_exponents_leave_a_matrix_out() -> None:
-    assert assign_multipliers({"a.0.m": 2.0, "a.1.m": 2.0}, LLRConfig()) == {}
+    assert assign_multipliers({"block.0.m": 2.0, "block.1.m": 2.0}, LLRConfig()) == {}
     found = assign_multipliers({**ALPHAS, "block.1.mlp.down": math.nan}, LLRConfig())
     assert "block.1.mlp.down" not in found
     assert found["block.1.mlp.up"] == 5.0
@@ -119,10 +130,6 @@ def test_a_bad_role_table_is_named(text: str | None, tmp_path: Path) -> None:
         targets_for(ALPHAS, LLRConfig(policy="fixed", role_table=str(path)))
 
 
-def info(matrix: str, cluster: str, rows: int) -> MatrixInfo:
-    return MatrixInfo(matrix, cluster, rows, 64, ((0,),), False)
-
-
 @pytest.fixture
 def matrix_index() -> MatrixIndex:
     found = [info("embedding", "embedding", 300)]
@@ -170,7 +177,7 @@ def test_a_role_or_a_block_leaves_no_parameter_with_two_multipliers_that_cannot_
 ) -> None:
     """Also where a part is too small to be measured: k is."""
     targets = {matrix: 1.0 + index for index, matrix in enumerate(matrix_index)}
-    fused = [matrix for matrix, info in matrix_index.items() if info.cluster.endswith("qkv")]
+    fused = [matrix for matrix, info in matrix_index.items() if info.parameter_id.endswith("qkv")]
     shared = share_multipliers(targets, matrix_index, granularity)
     found = share_multipliers(targets, matrix_index, granularity, fused)
     for block in (0, 1):
@@ -214,8 +221,8 @@ def test_a_role_table_may_name_the_router_if_the_policy_may_set_it(tmp_path: Pat
 @pytest.mark.parametrize("granularity", ["role", "block"])
 def test_what_is_held_at_1_takes_no_part_in_its_block(granularity: str) -> None:
     names = ["block.0.mlp.router", "block.1.mlp.router", "block.0.mlp.up", "block.1.mlp.up"]
-    matrix_index = {name: info(name, name, 128) for name in names}
-    targets = dict(zip(names, (1.0, 1.0, 2.0, 4.0), strict=True))
+    matrix_index = by_id({name: info(name, rows=128) for name in names})
+    targets = dict(zip(matrix_index, (1.0, 1.0, 2.0, 4.0), strict=True))
     held = held_at_one(matrix_index, LLRConfig())
     assert held == set(names[:2])
     found = share_multipliers(targets, matrix_index, granularity, held=held)

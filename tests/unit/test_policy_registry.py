@@ -11,23 +11,25 @@ import pytest
 from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import settings_of
 from megatron_llr.matrices.ids import EMBEDDING_IDS
-from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.policies import acts_on, targets_for
 from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
 from megatron_llr.policy_table import POLICIES, summaries
+from tests.reference.matrix_ids import by_id, info
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up")
 BLOCKS = 5
-ALPHAS = {
-    "embedding": math.nan,
-    **{
-        f"block.{block}.{role}": 2.0 + 0.1 * block + 0.37 * index
-        for block in range(BLOCKS)
-        for index, role in enumerate((*ROLES, "mlp.down"))
-    },
-    "head": math.nan,
-}
+ALPHAS = by_id(
+    {
+        "embedding": math.nan,
+        **{
+            f"block.{block}.{role}": 2.0 + 0.1 * block + 0.37 * index
+            for block in range(BLOCKS)
+            for index, role in enumerate((*ROLES, "mlp.down"))
+        },
+        "head": math.nan,
+    }
+)
 INSIDE = [matrix for matrix in ALPHAS if matrix not in EMBEDDING_IDS]
 
 
@@ -88,7 +90,7 @@ def test_blockwise_ratios_are_those_of_the_paper() -> None:
     normalised = targets_for(ALPHAS, config("blockwise", mean_preserving=True))
     assert normalised["embedding"] / normalised["block.0.attention.v"] == pytest.approx(2.5)
     # An output gate of the attention is no feed-forward matrix.
-    assert targets_for({"block.0.attention.gate": 2.0}, config("blockwise")) == {
+    assert targets_for(by_id({"block.0.attention.gate": 2.0}), config("blockwise")) == {
         "block.0.attention.gate": 1.0
     }
 
@@ -115,14 +117,15 @@ def test_depth_falls_from_the_embedding_to_the_head(
     assert turned["embedding"] == pytest.approx(0.1)
     floor = targets_for(ALPHAS, config(policy, depth_floor=0.5))
     assert min(floor.values()) == pytest.approx(0.5)
-    assert targets_for({"block.0.mlp.up": 2.0}, config(policy)) == {"block.0.mlp.up": 1.0}
+    assert targets_for(by_id({"block.0.mlp.up": 2.0}), config(policy)) == {"block.0.mlp.up": 1.0}
 
 
 def test_depth_counts_blocks_not_layers() -> None:
     """In a hybrid model a mixer layer and the MLP after it are one block; mtp follows the last."""
     hybrid = ("block.0.mamba.in_proj", "block.1.attention.q", "block.1.mlp.up", "block.2.mlp.up")
     found = targets_for(
-        dict.fromkeys(("position_embedding", *hybrid, "mtp.0.mlp.up"), 2.0), config("depth-linear")
+        by_id(dict.fromkeys(("position_embedding", *hybrid, "mtp.0.mlp.up"), 2.0)),
+        config("depth-linear"),
     )
     assert list(found.values()) == pytest.approx([1.0, 1.0, 0.55, 0.55, 0.1, 0.1])
 
@@ -214,7 +217,7 @@ def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
         "timing": settings.timing(),
         "schedule": {"window_end": 6},
     }
-    matrix_index = {"head": MatrixInfo("head", "head", 64, 64, ((0,),), False)}
+    matrix_index = by_id({"head": info("head")})
     assert state.check(document, settings, matrix_index, settings.meaning()) == []
     later = {**document, "meaning": settings.meaning()}
     other = LLRConfig(random_seed=1)

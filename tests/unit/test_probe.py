@@ -13,6 +13,7 @@ from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.probe import stepping, takes_new_groups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from megatron_llr.param_groups.views import Window, windows
+from tests.reference.matrix_ids import shard_of
 from tests.unit.fused import OPTIMIZERS, SETTINGS, WatchedAdamW
 
 
@@ -47,7 +48,7 @@ def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_dem
 
     def shard(matrix: str, parameter: torch.nn.Parameter, first: int, rows: int) -> MatrixShard:
         placement = Placement((Span(first, 0, rows),), 0, 6)
-        return MatrixShard(matrix, "c", parameter, rows, 6, (placement,), (0,), None)
+        return shard_of(matrix, parameter, (placement,), rows, 6)
 
     shards = [shard("gate", fused, 0, 4), shard("up", fused, 4, 4), shard("down", apart, 0, 6)]
     found = {}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_llr import LLRConfig, state
-from megatron_llr.matrices.info import MatrixInfo
 from megatron_llr.policies import meaning_of
+from tests.reference.matrix_ids import by_id, info
 
 MATRICES = ["embedding", *(f"block.0.mlp.expert.{number}.up" for number in range(3))]
 DOCUMENT: dict[str, Any] = {
@@ -44,7 +44,7 @@ def test_nothing_measured_yet() -> None:
 
 def test_a_role_table_is_known_by_what_it_holds(tmp_path: Path) -> None:
     """Its file may move; another content would change what the saved multipliers mean."""
-    matrix_index = {m: MatrixInfo(m, m, 64, 64, ((0,),), False) for m in MATRICES}
+    matrix_index = by_id({m: info(m) for m in MATRICES})
 
     def config(name: str, table: str) -> LLRConfig:
         (tmp_path / name).write_text(table)

@@ -1,16 +1,11 @@
 """Matrix ids: roles, order, and the grammar of the layers they name."""
 
+import json
+import pickle
+
 import pytest
 
-from megatron_llr.matrices.ids import (
-    ROLES,
-    block_key,
-    block_of,
-    expert_of,
-    model_order,
-    role_of,
-    value_for_role,
-)
+from megatron_llr.matrices.ids import ROLES, MatrixId, value_for_role
 from megatron_llr.megatron.layers import Scope, hybrid_scopes, split_name
 from megatron_llr.megatron.weight_names import (
     BLOCK_WEIGHTS,
@@ -22,9 +17,10 @@ from megatron_llr.megatron.weight_names import (
 
 
 @pytest.mark.parametrize(
-    ("matrix", "role", "block", "key", "expert"),
+    ("text", "role", "block", "container", "expert"),
     [
-        ("embedding", "embedding", None, "embedding", None),
+        ("embedding", "embedding", None, "", None),
+        ("head", "head", None, "", None),
         ("block.12.attention.q", "q", 12, "block.12", None),
         ("block.0.attention.gate", "attention.gate", 0, "block.0", None),
         ("block.0.attention2.gate", "attention.gate", 0, "block.0", None),
@@ -40,29 +36,55 @@ from megatron_llr.megatron.weight_names import (
         ("mtp.1.mlp.expert.4.gate", "expert.gate", None, "mtp.1", 4),
     ],
 )
-def test_what_an_id_says(
-    matrix: str, role: str, block: int | None, key: str, expert: int | None
+def test_the_parts_of_an_id(
+    text: str, role: str, block: int | None, container: str, expert: int | None
 ) -> None:
-    assert role_of(matrix) == role
+    matrix = MatrixId.read(text)
     assert role in ROLES
-    assert (block_of(matrix), block_key(matrix), expert_of(matrix)) == (block, key, expert)
+    assert (matrix.role, matrix.block, matrix.container, matrix.expert) == (
+        role,
+        block,
+        container,
+        expert,
+    )
+    assert matrix == text
+    assert type(str(matrix)) is str
+    again = pickle.loads(pickle.dumps(matrix))
+    assert (again, again.order, again.module) == (matrix, matrix.order, matrix.module)
+
+
+def test_ids_and_strings_index_the_same_tables() -> None:
+    matrix = MatrixId("q", container="block.3", module="attention")
+    assert json.loads(json.dumps({matrix: 2.0}))[matrix] == 2.0
+    assert {matrix: 2.0}["block.3.attention.q"] == 2.0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "block.3", "block.x.q", "Block.3.q", "layers.3.q", "block.3.attention.q.weight"]
+)
+def test_other_names_are_no_ids(text: str) -> None:
+    with pytest.raises(ValueError, match="not a matrix id"):
+        MatrixId.read(text)
 
 
 def test_every_role_of_the_tables_is_listed_and_no_other() -> None:
     shape = TransformerShape(4, 2, 8, True, True, latent_query=8)
-    found = {*MODEL_WEIGHTS.values(), *PREDICTION_WEIGHTS.values()}
+    roles = {weight.role for weight in (*MODEL_WEIGHTS.values(), *PREDICTION_WEIGHTS.values())}
     for rule in BLOCK_WEIGHTS:
-        for role in rule.layout(shape, HeldRows(48, sections=[48])):
-            found.add(role_of(f"block.0.{rule.prefix.replace('#', '0')}.{role}"))
-    assert found == set(ROLES)
+        parameter = Scope("block.0").matrix_id(
+            rule.parameter, rule.module, 0 if rule.of_expert else None
+        )
+        for weight in rule.layout(shape, HeldRows(48, sections=[48])):
+            roles.add(parameter.sibling(weight).role)
+    assert roles == set(ROLES)
 
 
 def test_a_table_of_roles_speaks_for_experts_unless_it_names_them() -> None:
     table = {"up": 2.0, "expert.up": 3.0, "gate": 4.0}
     matrices = ["mlp.up", "mlp.shared.up", "mlp.expert.1.up", "mlp.expert.1.gate", "mlp.down"]
-    found = [value_for_role(table, f"block.0.{matrix}", 1.0) for matrix in matrices]
-    assert found == [2.0, 2.0, 3.0, 4.0, 1.0]
-    assert value_for_role(table, "block.0.attention.gate", 1.0) == 1.0
+    ids = [MatrixId.read(f"block.0.{matrix}") for matrix in matrices]
+    assert [value_for_role(table, matrix, 1.0) for matrix in ids] == [2.0, 2.0, 3.0, 4.0, 1.0]
+    assert value_for_role(table, MatrixId.read("block.0.attention.gate"), 1.0) == 1.0
 
 
 def test_the_order_is_that_of_the_model() -> None:
@@ -85,7 +107,8 @@ def test_the_order_is_that_of_the_model() -> None:
         "mtp.1.eh_proj",
         "head",
     ]
-    assert sorted(ordered[1::2] + ordered[::2], key=model_order) == ordered
+    ids = [MatrixId.read(text) for text in ordered]
+    assert sorted(ids[1::2] + ids[::2]) == ordered
 
 
 @pytest.mark.parametrize(
@@ -100,13 +123,15 @@ def test_the_order_is_that_of_the_model() -> None:
 def test_a_block_of_a_hybrid_model_begins_at_every_mixer(letters: str, expected: list[str]) -> None:
     kinds = {"*": "attention", "M": "mamba", "-": "mlp", "E": "mlp"}
     scopes = hybrid_scopes(letters)
-    named = [scope.name(kinds[letter]) for scope, letter in zip(scopes, letters, strict=True)]
-    assert named == expected
+    ids = [
+        scope.matrix_id("up", kinds[letter]) for scope, letter in zip(scopes, letters, strict=True)
+    ]
+    assert ids == [f"{layer}.up" for layer in expected]
 
 
 def test_a_hybrid_prediction_is_one_block() -> None:
-    names = [scope.name("mlp.expert.3") for scope in hybrid_scopes("*E*E", "mtp.0")]
-    assert names[1::2] == ["mtp.0.mlp.expert.3", "mtp.0.mlp2.expert.3"]
+    ids = [scope.matrix_id("up", "mlp.expert", 3) for scope in hybrid_scopes("*E*E", "mtp.0")]
+    assert ids[1::2] == ["mtp.0.mlp.expert.3.up", "mtp.0.mlp2.expert.3.up"]
 
 
 def test_a_weight_belongs_to_the_innermost_layer() -> None:
