@@ -1,4 +1,4 @@
-"""Which rank computes which spectrum: a deterministic balance of cost, the same on every rank."""
+"""Assigns each spectrum to a rank, balanced by cost and identical on every rank."""
 
 from collections.abc import Iterable
 from heapq import heapify, heapreplace
@@ -7,9 +7,9 @@ from megatron_llr.matrices.info import MatrixInfo
 
 
 def cost(info: MatrixInfo) -> float:
-    """Work of one spectrum, in multiply-adds: the eigenvalues of the Gram matrix, then its product.
+    """Cost of one spectrum in multiply-adds: the Gram matrix and its eigenvalues.
 
-    The eigensolver takes about 4/3 n³ for the reduction to tridiagonal form (Golub and Van Loan,
+    The eigensolver needs about 4/3 n³ for the reduction to tridiagonal form (Golub and Van Loan,
     section 8.3), the product n² times the longer side.
     """
     short, long = sorted((info.rows, info.columns))
@@ -17,7 +17,7 @@ def cost(info: MatrixInfo) -> float:
 
 
 class _Candidates:
-    """The ranks that hold a matrix, least loaded first; loads grow outside, and only grow."""
+    """The ranks that hold a matrix, in a heap by load. The caller may only increase loads."""
 
     def __init__(self, ranks: Iterable[int], load: dict[int, float]) -> None:
         self._load = load
@@ -25,7 +25,7 @@ class _Candidates:
         heapify(self._heap)
 
     def least_loaded(self) -> int:
-        """The rank of least load, the first of equals."""
+        """The rank with the lowest load, the first one if tied."""
         while True:
             known, rank = self._heap[0]
             if known == self._load[rank]:
@@ -34,7 +34,7 @@ class _Candidates:
 
 
 def assign_owners(matrices: Iterable[MatrixInfo]) -> dict[str, int]:
-    """One owner in the whole job for every matrix: the next costliest to the least loaded holder.
+    """One owner in the whole job for every matrix, in order of cost: the least loaded holder.
 
     Any rank that holds a part may own the matrix, so data-parallel replicas share the work.
 
@@ -43,7 +43,7 @@ def assign_owners(matrices: Iterable[MatrixInfo]) -> dict[str, int]:
     """
     listed = list(matrices)
     load: dict[int, float] = {}
-    # By object: matrices of an index that lie on the same ranks share one tuple of holders.
+    # By identity: matrices of an index that are on the same ranks share one tuple of holders.
     candidates: dict[int, _Candidates] = {}
     for info in listed:
         if id(info.holders) not in candidates:

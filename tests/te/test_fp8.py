@@ -11,7 +11,7 @@ from transformer_engine_torch import DType
 from megatron_llr import analyze_matrix
 from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.measurement.exchange import cut, read_weight
+from megatron_llr.measurement.transfers import read_shard, read_weight
 
 
 def quantised(weight: torch.Tensor) -> torch.nn.Parameter:
@@ -56,7 +56,7 @@ def test_a_quantised_parameter_is_read_through_dequantisation() -> None:
     assert plain.dtype == torch.bfloat16
     # E4M3 has three bits of mantissa: a relative step of 2^-3, half of it by rounding.
     assert float((plain.float() - weight).abs().max()) <= 0.0626 * float(weight.abs().max())
-    assert torch.equal(cut(shard), torch.cat([plain[:32], plain[64:]]))
+    assert torch.equal(read_shard(shard), torch.cat([plain[:32], plain[64:]]))
 
 
 def test_its_exponent_is_near_that_of_the_weights() -> None:
@@ -86,4 +86,4 @@ def test_every_kind_of_quantised_tensor_is_dequantised(
     meant = torch.arange(24.0).view(4, 6)
     monkeypatch.setattr(kind, "detach", lambda self: self)
     monkeypatch.setattr(kind, "dequantize", lambda self: meant)
-    assert torch.equal(cut(shard_of(parameter, (Span(1, 0, 2),), 6)), meant[1:3])
+    assert torch.equal(read_shard(shard_of(parameter, (Span(1, 0, 2),), 6)), meant[1:3])
