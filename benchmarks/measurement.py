@@ -196,7 +196,7 @@ def measure_size(size: int, arguments: argparse.Namespace) -> list[dict[str, Any
 def environment(device: str) -> dict[str, Any]:
     """Card, versions and commit."""
     on_gpu = device == "cuda"
-    loaded = cusolver.library() if on_gpu else None
+    loaded = cusolver.cusolver_library() if on_gpu else None
     direct = on_gpu and not cusolver.torch_solves_batches() and loaded is not None
     try:
         root = Path(__file__).resolve().parents[1]
@@ -208,7 +208,7 @@ def environment(device: str) -> dict[str, Any]:
         "card": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cusolver": cusolver.version(loaded) if loaded else None,
+        "cusolver": cusolver.library_version(loaded) if loaded else None,
         "solver": "cusolverDnXsyevBatched, called directly" if direct else "torch.linalg.eigvalsh",
         "commit": commit,
     }

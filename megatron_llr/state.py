@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag, settings_of
@@ -85,7 +85,7 @@ def digest(document: Mapping[str, Any] | None) -> str:
     return f"that of update {document['next_update']} ({code})"
 
 
-def _some(names: set[str]) -> str:
+def _some(names: Collection[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
     return (", ".join(listed[:3]) + more) or "none"
@@ -120,7 +120,7 @@ def check(
             allowed=f"version {VERSION}",
             remedy=f"install the megatron-llr that wrote it; {remedy}",
         )
-    saved, here = set(document["matrices"]), set(matrix_index)
+    saved, here = set(document["matrices"]), set(map(str, matrix_index))
     if saved != here:
         raise user_error(
             "the checkpoint's extension state names other matrices",

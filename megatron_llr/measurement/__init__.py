@@ -1,1 +1,1 @@
-"""One measurement over the whole job: who computes what, and the collectives that share it."""
+"""One measurement over the whole job: owners of the matrices, and the collectives."""

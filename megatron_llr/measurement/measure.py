@@ -1,4 +1,4 @@
-"""`SpectrumEngine.measure()`: the spectrum record of every matrix, identical on every rank."""
+"""`SpectrumEngine.measure()`: spectrum records of all matrices, identical on every rank."""
 
 import contextlib
 import logging
@@ -15,22 +15,23 @@ import torch.distributed as dist
 
 from megatron_llr.config import LLRConfig
 from megatron_llr.errors import first_line, topology_error
-from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.measurement.exchange import (
-    all_gather_in_batches,
-    all_gather_rows,
-    batches,
-    cut,
-    pool_singular_values,
-    send_to_owners,
-)
-from megatron_llr.measurement.in_batches import Pending, Waiting
+from megatron_llr.measurement.batch_queue import BatchQueue, QueuedMatrix
 from megatron_llr.measurement.master_weights import MasterCopies, MasterWeights
 from megatron_llr.measurement.owners import assign_owners
+from megatron_llr.measurement.transfers import (
+    all_gather_in_batches,
+    all_gather_rows,
+    pool_singular_values,
+    read_shard,
+    send_to_owners,
+    transfer_batches,
+)
 from megatron_llr.ranks import exchange, raise_together
 from megatron_llr.spectrum import batched, records_from_eigenvalues
+from megatron_llr.spectrum.batched import Spectrum
 from megatron_llr.spectrum.eigenvalues import eigenvalues_of
 from megatron_llr.spectrum.farms import farms_eigenvalues
 from megatron_llr.spectrum.record import SpectrumRecord, SpectrumTable
@@ -40,9 +41,8 @@ logger = logging.getLogger(__name__)
 _METHODS = ("failed", "gram32", "gram64", "svd64", "pooled", "farms")
 _WIDTH = len(fields(SpectrumRecord))
 
-Spectrum = batched.Spectrum
-Read = Callable[[], torch.Tensor]
-"""Gives the weights of a matrix; may run out of memory."""
+ReadMatrix = Callable[[], torch.Tensor]
+"""Returns the weights of a matrix; may run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ class Measurement:
     Attributes:
         table: record of every measured matrix, in matrix_index order.
         spectra: singular values of every measured matrix, [N] fp64 ascending, on CPU; empty on
-            ranks that do not read them.
+            ranks that are not in `SpectrumEngine.readers`.
         seconds: wall time on this rank.
     """
 
     table: SpectrumTable
-    spectra: dict[str, torch.Tensor]
+    spectra: dict[MatrixId, torch.Tensor]
     seconds: float
 
 
-def _encode(record: SpectrumRecord) -> list[float]:
+def _row_of_record(record: SpectrumRecord) -> list[float]:
     values = list(astuple(record))
     values[-1] = _METHODS.index(record.method)
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _decode(row: Sequence[float], estimator: str) -> SpectrumRecord:
+def _record_of_row(row: Sequence[float], estimator: str) -> SpectrumRecord:
     values: dict[str, Any] = dict(
         zip((field.name for field in fields(SpectrumRecord)), row, strict=True)
     )
@@ -85,9 +85,9 @@ class SpectrumEngine:
     Args:
         shards: catalog of this rank.
         matrix_index: all matrices of the job.
-        config: `spectrum`, `estimator`, `embedding`, `measure_memory` and the windows of farms are
-            read.
-        masters: fp32 copies to measure, instead of the model's own weights.
+        config: reads `spectrum`, `estimator`, `embedding`, `measure_memory`, `farms_rows` and
+            `farms_windows`.
+        masters: fp32 copies to measure instead of the model's weights.
     """
 
     def __init__(
@@ -98,21 +98,21 @@ class SpectrumEngine:
         masters: MasterCopies | None = None,
     ) -> None:
         self._config = config
-        wanted = [
+        measured = [
             info
             for matrix, info in matrix_index.items()
             if info.tunable and (matrix not in EMBEDDING_IDS or config.embedding == "measured")
         ]
-        self.owners = assign_owners(wanted)
+        self.owners = assign_owners(measured)
         """Matrix id -> global rank that computes its spectrum, in matrix_index order."""
         self.readers: Collection[int] = range(dist.get_world_size())
-        """Global ranks that get the singular values, all at first; the same on every rank."""
-        self._owned_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        """Global ranks that receive the singular values, initially all; the same on every rank."""
+        self._owned_by_rank: list[list[MatrixId]] = [[] for _ in range(dist.get_world_size())]
         for matrix, owner in self.owners.items():
             self._owned_by_rank[owner].append(matrix)
         mine = set(self._owned_by_rank[dist.get_rank()])
         self._owned_of_size = Counter(
-            info.num_eigenvalues for info in wanted if info.matrix in mine
+            info.num_eigenvalues for info in measured if info.matrix in mine
         )
         here = {
             shard.matrix: shard
@@ -132,26 +132,33 @@ class SpectrumEngine:
         self._device = shards[0].parameter.device if shards else torch.device("cpu")
 
     def measure(self) -> Measurement:
-        """Compute every spectrum once, share the results. Enter on all ranks.
+        """Compute every spectrum once and share the results. Enter on all ranks.
 
         Raises:
-            RuntimeError: on every rank, if any rank ran out of memory or lost its device; on those
-            that are left, if a rank died.
+            RuntimeError: on every rank if any rank ran out of memory or lost its device; on the
+                remaining ranks if a rank died.
         """
+        here = dist.get_rank()
         started = time.perf_counter()
         self._error = None
-        owned: dict[str, Spectrum] = {}
-        pending = Pending(1e9 * self._config.measure_memory)
+        owned: dict[MatrixId, Spectrum] = {}
+        queue = BatchQueue(1e9 * self._config.measure_memory)
         with exchange("a measurement"):
-            for shards in self._sources():
-                owned.update(self._solved(self._unsplit(shards), pending))
+            for shards in self._measured_shards():
+                # Matrices that this rank owns and holds whole are not sent.
+                whole = (
+                    (shard, partial(read_shard, shard))
+                    for shard in shards
+                    if not shard.split and self.owners[shard.matrix] == here
+                )
+                owned.update(self._solved(whole, queue))
                 split = [shard for shard in shards if shard.split]
-                if split and self._is_exact:
-                    owned.update(self._solved(self._exact(split), pending))
+                if split and self._config.spectrum != "sharded":
+                    owned.update(self._solved(self._assembled(split), queue))
                 elif split:
                     owned.update(self._pooled(split))
-        for waiting in pending.rest():
-            owned.update(self._solve_batch(waiting))
+        for batch in queue.drain():
+            owned.update(self._solve_batch(batch))
         records = self._records(owned)
         raise_together(self._error)
         with exchange("a measurement"):
@@ -159,8 +166,8 @@ class SpectrumEngine:
             shared = self._share_singular_values(owned, table)
         return Measurement(table, shared, time.perf_counter() - started)
 
-    def _sources(self) -> Iterator[list[MatrixShard]]:
-        """Shards of every group; over the fp32 weights where those are to be measured."""
+    def _measured_shards(self) -> Iterator[list[MatrixShard]]:
+        """Shards of every group, with fp32 copies as parameters if those are measured."""
         if self._masters is None:
             yield from self._by_group.values()
             return
@@ -171,78 +178,64 @@ class SpectrumEngine:
                 for shard in shards
             ]
 
-    @property
-    def _is_exact(self) -> bool:
-        return self._config.spectrum != "sharded"
-
-    def _unsplit(self, shards: Sequence[MatrixShard]) -> Iterator[tuple[MatrixShard, Read]]:
-        """The matrices that this rank owns and holds whole: nothing travels."""
-        here = dist.get_rank()
-        for shard in shards:
-            if not shard.split and self.owners[shard.matrix] == here:
-                yield shard, partial(cut, shard)
-
-    def _exact(self, split: Sequence[MatrixShard]) -> Iterator[tuple[MatrixShard, Read]]:
-        """The split matrices that this rank owns, assembled; others only send their parts."""
-        for batch in batches(split, self.owners):
+    def _assembled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[MatrixShard, ReadMatrix]]:
+        """The split matrices that this rank owns. Every rank sends its shards to the owners."""
+        for batch in transfer_batches(split, self.owners):
             whole = send_to_owners(batch, self.owners)
             for shard in batch:
                 if shard.matrix in whole:
-                    # Let go of here, so that it lives no longer than its batch.
+                    # Drops the reference here, so the matrix is freed with its batch.
                     yield shard, partial(whole.pop, shard.matrix)
 
     def _solved(
-        self, matrices: Iterable[tuple[MatrixShard, Read]], pending: Pending
-    ) -> Iterator[tuple[str, Spectrum]]:
-        """Spectra of matrices one by one, or of batches as soon as one is full."""
+        self, matrices: Iterable[tuple[MatrixShard, ReadMatrix]], queue: BatchQueue
+    ) -> Iterator[tuple[MatrixId, Spectrum]]:
+        """Spectra of matrices one by one, or of a batch as soon as it is full."""
+        memory = 1e9 * self._config.measure_memory
         for shard, read in matrices:
             size = min(shard.rows, shard.columns)
             dtype = batched.gram_dtype(size, full=self._full)
-            most = self._batch_size(size, dtype)
-            if most == 1:
+            limit = 1
+            # With farms, the submatrices of a single matrix are a batch.
+            if self._config.spectrum != "farms":
+                count = self._owned_of_size[size]
+                limit = batched.batch_size(size, count, dtype, memory, self._device.type)
+            if limit == 1:
                 yield shard.matrix, self._eigenvalues(shard, read)
                 continue
             weight = None
-            with self._kept_for_later(shard.matrix):
+            with self._deferred_error(shard.matrix):
                 weight = read()
             if weight is None:
-                yield shard.matrix, self._nothing(size)
+                yield shard.matrix, self._no_values(size)
                 continue
-            waiting = Waiting(shard, weight, batched.memory_of(size, dtype))
-            for batch in pending.add(size, waiting, most):
+            queued = QueuedMatrix(shard, weight, batched.memory_of(size, dtype))
+            for batch in queue.add(size, queued, limit):
                 yield from self._solve_batch(batch)
 
-    def _batch_size(self, size: int, dtype: torch.dtype) -> int:
-        """Matrices of `size` eigenvalues that this rank solves at once."""
-        if self._config.spectrum == "farms":
-            return 1  # the submatrices of one matrix are a batch
-        memory = 1e9 * self._config.measure_memory
-        count = self._owned_of_size[size]
-        return batched.batch_size(size, count, dtype, memory, self._device.type)
+    def _solve_batch(self, batch: Sequence[QueuedMatrix]) -> list[tuple[MatrixId, Spectrum]]:
+        """Spectra of matrices of equal smaller side. NaN after an error: collectives follow."""
+        names = [queued.shard.matrix for queued in batch]
 
-    def _solve_batch(self, batch: Sequence[Waiting]) -> list[tuple[str, Spectrum]]:
-        """Spectra of matrices of equal smaller side, or NaN; collectives follow either way."""
-        names = [waiting.shard.matrix for waiting in batch]
-
-        def alone(index: int) -> Spectrum:
+        def solve_one(index: int) -> Spectrum:
             return self._eigenvalues(batch[index].shard, lambda: batch[index].weight)
 
-        called = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        with self._kept_for_later(called):
+        names_text = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        with self._deferred_error(names_text):
             spectra = batched.eigenvalues_in_batches(
-                [waiting.weight for waiting in batch],
+                [queued.weight for queued in batch],
                 full=self._full,
                 memory=1e9 * self._config.measure_memory,
                 names=names,
-                alone=alone,
+                solve_one=solve_one,
             )
             return list(zip(names, spectra, strict=True))
         return [
-            (name, self._nothing(min(each.weight.shape)))
-            for name, each in zip(names, batch, strict=True)
+            (name, self._no_values(min(queued.weight.shape)))
+            for name, queued in zip(names, batch, strict=True)
         ]
 
-    def _nothing(self, count: int) -> Spectrum:
+    def _no_values(self, count: int) -> Spectrum:
         return torch.full((count,), math.nan, dtype=torch.float64, device=self._device), "failed"
 
     @property
@@ -250,87 +243,87 @@ class SpectrumEngine:
         """Whether the small eigenvalues are needed too."""
         return self._config.estimator != "hill_median"
 
-    def _pooled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[str, Spectrum]]:
-        """Pooled spectra of the shards: no weight travels, singular values do."""
+    def _pooled(self, split: Sequence[MatrixShard]) -> Iterator[tuple[MatrixId, Spectrum]]:
+        """Pooled spectra of the shards. Singular values are sent, but no weights."""
         here = dist.get_rank()
-        local = [self._eigenvalues(shard, partial(cut, shard))[0].sqrt() for shard in split]
+        local = [self._eigenvalues(shard, partial(read_shard, shard))[0].sqrt() for shard in split]
         for shard, pooled in zip(split, pool_singular_values(local, split), strict=True):
             if self.owners[shard.matrix] == here:
                 yield shard.matrix, (pooled.square(), "pooled")
 
-    def _eigenvalues(self, shard: MatrixShard, read: Read) -> Spectrum:
-        """Eigenvalues of what `read` gives of a matrix, or NaN; collectives follow either way."""
+    def _eigenvalues(self, shard: MatrixShard, read: ReadMatrix) -> Spectrum:
+        """Eigenvalues of the weights from `read`. NaN after an error: collectives follow."""
+        config = self._config
         count = min(shard.placement.rows, shard.placement.columns)
-        with self._kept_for_later(shard.matrix):
+        with self._deferred_error(shard.matrix):
             weight = read()
             count = min(weight.shape)
             if count > 0:
-                spectrum = self._solve(weight)
+                if config.spectrum == "farms":
+                    size, memory = (config.farms_rows, config.farms_windows), config.measure_memory
+                    spectrum = farms_eigenvalues(
+                        weight, *size, full=self._full, memory=1e9 * memory
+                    )
+                else:
+                    spectrum = eigenvalues_of(weight, full=self._full)
                 if spectrum[1] == "failed":
                     logger.warning("megatron_llr: no eigenvalues of %s", shard.matrix)
                 return spectrum
-        return self._nothing(count)
-
-    def _solve(self, weight: torch.Tensor) -> Spectrum:
-        if self._config.spectrum == "farms":
-            rows, windows = self._config.farms_rows, self._config.farms_windows
-            memory = 1e9 * self._config.measure_memory
-            return farms_eigenvalues(weight, rows, windows, full=self._full, memory=memory)
-        return eigenvalues_of(weight, full=self._full)
+        return self._no_values(count)
 
     @contextlib.contextmanager
-    def _kept_for_later(self, matrix: str) -> Iterator[None]:
-        """Keep an error until all ranks can raise it: out of memory, a lost device."""
+    def _deferred_error(self, matrix: str) -> Iterator[None]:
+        """Store an error (out of memory, a lost device) until all ranks raise it together."""
         try:
             yield
         except Exception as caught:
             self._error = self._error or topology_error(
                 f"the spectrum of {matrix} cannot be computed",
                 got=f"{type(caught).__name__}: {first_line(caught)}",
-                allowed="room for the matrix and its Gram matrix, in fp32 or fp64, on its owner",
-                remedy="lower --micro-batch-size or take --llr-spectrum sharded if memory ran out",
+                allowed="memory for the matrix and its Gram matrix, in fp32 or fp64, on its owner",
+                remedy="lower --micro-batch-size or set --llr-spectrum sharded if memory ran out",
             )
 
-    def _records(self, owned: dict[str, Spectrum]) -> dict[str, SpectrumRecord]:
-        """Records of spectra; those of one length are computed together and copied once."""
-        by_length: dict[int, list[str]] = defaultdict(list)
+    def _records(self, owned: dict[MatrixId, Spectrum]) -> dict[MatrixId, SpectrumRecord]:
+        """Records of spectra. Those of one length are computed together and copied once."""
+        by_length: dict[int, list[MatrixId]] = defaultdict(list)
         for matrix, (eigenvalues, _) in owned.items():
             by_length[eigenvalues.numel()].append(matrix)
-        records: dict[str, SpectrumRecord] = {}
+        records: dict[MatrixId, SpectrumRecord] = {}
         for matrices in by_length.values():
-            with self._kept_for_later(matrices[0]):
-                found = records_from_eigenvalues(
+            with self._deferred_error(matrices[0]):
+                fitted = records_from_eigenvalues(
                     [owned[matrix][0] for matrix in matrices],
                     estimators=(self._config.estimator,),
                     methods=[owned[matrix][1] for matrix in matrices],
                 )
-                records.update(zip(matrices, found, strict=True))
+                records.update(zip(matrices, fitted, strict=True))
         return records
 
-    def _share_records(self, records: dict[str, SpectrumRecord]) -> SpectrumTable:
+    def _share_records(self, records: dict[MatrixId, SpectrumRecord]) -> SpectrumTable:
         owned = self._owned_by_rank
-        mine = [_encode(records[matrix]) for matrix in owned[dist.get_rank()]]
+        mine = [_row_of_record(records[matrix]) for matrix in owned[dist.get_rank()]]
         rows = torch.tensor(mine, dtype=torch.float64, device=self._device).view(-1, _WIDTH)
         shared = all_gather_rows(rows, [len(matrices) for matrices in owned])
         table = {
-            matrix: _decode(row, self._config.estimator)
+            matrix: _record_of_row(row, self._config.estimator)
             for matrices, part in zip(owned, shared, strict=True)
             for matrix, row in zip(matrices, part.tolist(), strict=True)
         }
         return {matrix: table[matrix] for matrix in self.owners}
 
     def _share_singular_values(
-        self, spectra: dict[str, Spectrum], table: SpectrumTable
-    ) -> dict[str, torch.Tensor]:
-        """Singular values of all matrices on the readers; nothing travels if there are none."""
+        self, spectra: dict[MatrixId, Spectrum], table: SpectrumTable
+    ) -> dict[MatrixId, torch.Tensor]:
+        """Singular values of all matrices on the readers. Nothing is sent if there are none."""
         if not self.readers:
             return {}
         owned = self._owned_by_rank
         sizes = [[table[matrix].num_eigenvalues for matrix in part] for part in owned]
         mine = [spectra[matrix][0].sqrt() for matrix in owned[dist.get_rank()]]
-        found: dict[str, torch.Tensor] = {}
-        for rank, which, values in all_gather_in_batches(mine, sizes, self._device):
+        shared: dict[MatrixId, torch.Tensor] = {}
+        for rank, vectors, values in all_gather_in_batches(mine, sizes, self._device):
             if dist.get_rank() in self.readers:
-                parts = values.cpu().split(sizes[rank][which])
-                found.update(zip(owned[rank][which], parts, strict=True))
-        return {matrix: found[matrix] for matrix in self.owners if matrix in found}
+                parts = values.cpu().split(sizes[rank][vectors])
+                shared.update(zip(owned[rank][vectors], parts, strict=True))
+        return {matrix: shared[matrix] for matrix in self.owners if matrix in shared}

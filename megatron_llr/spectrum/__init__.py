@@ -1,4 +1,4 @@
-"""Matrices in, their spectrum records out: pure torch, nothing distributed."""
+"""From matrices to spectrum records: pure torch, not distributed."""
 
 from megatron_llr.spectrum.analyze import (
     analyze_matrix,

@@ -2,9 +2,9 @@
 
 Shapes: `B` matrices in a batch, each with `N` = min(rows, columns) eigenvalues.
 
-Where torch is older than 2.12 and its cuSOLVER cannot be called directly (`cusolver`), a stack is
-solved matrix by matrix: nothing is gained, nothing else changes. On H200 a matrix then takes 7.2,
-9.9, 23 and 35 ms at 768, 1024, 2048 and 2560 eigenvalues, instead of 1.1, 1.7, 9.9 and 18.6 ms.
+If torch is older than 2.12 and its cuSOLVER cannot be called directly (`cusolver`), a stack is
+solved matrix by matrix, without a gain in time. On H200 a matrix then takes 7.2, 9.9, 23 and 35 ms
+at 768, 1024, 2048 and 2560 eigenvalues, instead of 1.1, 1.7, 9.9 and 18.6 ms.
 """
 
 import logging
@@ -22,38 +22,40 @@ from megatron_llr.spectrum.eigenvalues import (
     SMALL,
     eigenvalues_of,
     full_precision,
-    is_solvers,
+    is_solver_failure,
+    is_tail_accurate,
     plain_matrix,
-    stands_clear,
 )
 
 logger = logging.getLogger(__name__)
 
 Spectrum = tuple[torch.Tensor, str]
-"""[N] fp64 eigenvalues, ascending, and how they were got (`SpectrumRecord.method`)."""
+"""[N] fp64 eigenvalues, ascending, and the method (`SpectrumRecord.method`)."""
 
 # The solver counts the elements of a stack in 32 bits.
-_MOST_ELEMENTS = 2**31 - 1
-# What a matrix of a batch takes, in Gram matrices: itself, the copy that torch makes, and the
-# solver's workspace (4.05 of them at 1024 and at 4096 eigenvalues, measured on H200).
+_MAX_ELEMENTS = 2**31 - 1
+# Memory per matrix of a batch, in Gram matrices: the matrix itself, torch's copy, and the solver's
+# workspace (4.05 Gram matrices at 1024 and at 4096 eigenvalues, measured on H200).
 _GRAMS_PER_MATRIX = 6.25
-# Up to so many eigenvalues a batch gains where it has so many matrices or more (H200, fp32: at 1024
+# (eigenvalues up to, smallest batch that is faster than single matrices). H200, fp32: at 1024
 # 4.4 times with 32, at 2048 2.3 times with 32 but 0.95 with 8, at 2560 1.85 times with 24 but 0.95
-# with 8; at 4096 0.93 with 8).
-_LEAST_BATCH = ((1024, 2), (2560, 16))
+# with 8; at 4096 0.93 with 8.
+_MIN_BATCH = ((1024, 2), (2560, 16))
 
-_STEPS: dict[str, tuple[torch.dtype, float]] = {
+_GRAM_METHODS: dict[str, tuple[torch.dtype, float]] = {
     "gram32": (torch.float32, FP32_GRAM_RANGE),
     "gram64": (torch.float64, FP64_GRAM_RANGE),
 }
 # Largest relative difference between the sum of the eigenvalues, the trace of the Gram matrix and
-# the squared Frobenius norm of the weight. Rounding alone gives 2e-7 in fp32 and 1.3e-13 in fp64
-# (CPU, 600 to 1024 eigenvalues, Gaussian, heavy-tailed and of nearly rank one); another matrix of
-# the same shape and distribution is off by sqrt(2 / elements), 1.4e-3 at 1024x1024.
+# the squared Frobenius norm of the weight. Rounding causes 2e-7 in fp32 and 1.3e-13 in fp64 (CPU,
+# 600 to 1024 eigenvalues, Gaussian, heavy-tailed and of nearly rank one). Another matrix of the
+# same shape and distribution differs by sqrt(2 / elements), 1.4e-3 at 1024x1024.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
-# What the checks say of a matrix of a batch.
+# Results of the checks of a matrix in a batch.
 _GOOD, _NEXT_METHOD, _NOT_FINITE, _WRONG = range(4)
+# A batch whose solver failed. Its matrices are solved one by one.
+_UNSOLVED = -1
 _REASONS = {
     _NOT_FINITE: "values that are not finite",
     _WRONG: "eigenvalues that do not add up to the squared Frobenius norm",
@@ -61,39 +63,38 @@ _REASONS = {
 
 
 def memory_of(size: int, dtype: torch.dtype) -> int:
-    """Bytes that a matrix of `size` eigenvalues takes in a batch, the weight itself left out."""
+    """Bytes that a matrix of `size` eigenvalues needs in a batch, in addition to its weight."""
     return int(_GRAMS_PER_MATRIX * size * size * dtype.itemsize)
 
 
 def gram_dtype(size: int, *, full: bool) -> torch.dtype:
-    """Dtype of the first Gram matrix that is formed for a matrix of `size` eigenvalues."""
+    """Dtype of the first Gram matrix that is computed for a matrix of `size` eigenvalues."""
     return torch.float64 if full or size <= SMALL else torch.float32
 
 
 def batch_size(size: int, count: int, dtype: torch.dtype, memory: float, device: str) -> int:
-    """How many of `count` matrices are solved at once; 1 where a batch gains nothing.
+    """How many of `count` matrices are solved at once; 1 if a batch is not faster.
 
-    A function of its arguments alone, never of free memory, so that a run that is resumed measures
-    in the same batches.
+    Depends only on the arguments, never on free memory, so a resumed run uses the same batches.
 
     Args:
         size: eigenvalues of each matrix.
         count: matrices.
-        dtype: that of the Gram matrices.
-        memory: bytes that a batch may take; one matrix always may.
-        device: type of the device. On a CPU a solver has all cores for one matrix: a batch gains
-            nothing.
+        dtype: of the Gram matrices.
+        memory: bytes that a batch may take. A single matrix may exceed it.
+        device: type of the device. On a CPU, a solver uses all cores for one matrix, so a batch is
+            not faster.
     """
     if device != "cuda":
         return 1
-    least = next((few for limit, few in _LEAST_BATCH if size <= limit), None)
-    if least is None:
+    smallest = next((few for limit, few in _MIN_BATCH if size <= limit), None)
+    if smallest is None:
         return 1
-    most = min(int(memory / memory_of(size, dtype)), _MOST_ELEMENTS // (size * size))
-    if min(most, count) < least:
+    largest = min(int(memory / memory_of(size, dtype)), _MAX_ELEMENTS // (size * size))
+    if min(largest, count) < smallest:
         return 1
-    # Batches of equal size: a small last one gains less.
-    return -(-count // -(-count // most))
+    # Batches of equal size, since a small last one would be less efficient.
+    return -(-count // -(-count // largest))
 
 
 def eigenvalues_in_batches(
@@ -102,117 +103,116 @@ def eigenvalues_in_batches(
     full: bool = False,
     memory: float = 4e9,
     names: Sequence[str] | None = None,
-    alone: Callable[[int], Spectrum] | None = None,
+    solve_one: Callable[[int], Spectrum] | None = None,
     size_of_batch: int | None = None,
 ) -> list[Spectrum]:
     """Squared singular values of matrices of any shapes.
 
-    A matrix whose result fails a check is solved again by itself and named in a warning.
+    A matrix whose result fails a check is solved again individually and named in a warning.
 
     Args:
         weights: [rows, columns] each, any float dtype, on one device.
-        full: whether the small eigenvalues are needed too, as of `eigenvalues_of`.
-        memory: bytes that a batch may take beside the weights.
-        names: what warnings call the matrices.
-        alone: solves the matrix of that index by itself; `eigenvalues_of` if not given.
-        size_of_batch: matrices solved at once, in place of `batch_size`.
+        full: whether the small eigenvalues are needed too, as in `eigenvalues_of`.
+        memory: bytes that a batch may take in addition to the weights.
+        names: names of the matrices for warnings.
+        solve_one: solves the matrix of an index individually. Default: `eigenvalues_of`.
+        size_of_batch: number of matrices solved at once, instead of `batch_size`.
 
     Returns:
-        For each matrix what `eigenvalues_of` gives.
+        The result of `eigenvalues_of` for each matrix.
 
     Raises:
-        ValueError: if one is not a matrix of real floating-point values that lie in memory.
-        RuntimeError: where no other solver could help: memory ran out for one matrix, the device is
-            lost.
+        ValueError: if one is not a matrix of real floating-point values in memory.
+        RuntimeError: if memory ran out for a single matrix, or the device is lost.
     """
     plain = [plain_matrix(weight) for weight in weights]
     names = names or [f"matrix {index}" for index in range(len(weights))]
-    alone = alone or (lambda index: eigenvalues_of(plain[index], full=full))
+    solve_one = solve_one or (lambda index: eigenvalues_of(plain[index], full=full))
     by_size: dict[int, list[int]] = defaultdict(list)
     for index, weight in enumerate(plain):
         by_size[min(weight.shape)].append(index)
-    found: dict[int, Spectrum] = {}
+    spectra: dict[int, Spectrum] = {}
     for size, members in by_size.items():
-        left = members
-        for method, (dtype, allowed_range) in _STEPS.items():
+        remaining = members
+        for method, (dtype, allowed_range) in _GRAM_METHODS.items():
             if method == "gram32" and gram_dtype(size, full=full) != torch.float32:
                 continue
-            at_once = size_of_batch or batch_size(
-                size, len(left), dtype, memory, plain[left[0]].device.type
+            count = size_of_batch or batch_size(
+                size, len(remaining), dtype, memory, plain[remaining[0]].device.type
             )
-            if at_once == 1 and size_of_batch is None:
+            if count == 1 and size_of_batch is None:
                 break
             solve = partial(_solve_stack, dtype=dtype, allowed_range=allowed_range)
-            solved = _in_chunks(plain, left, at_once, solve, names)
-            left = []
-            for index, (values, state) in solved.items():
-                if state == _GOOD:
-                    found[index] = values, method
-                elif state == _NEXT_METHOD:
-                    left.append(index)
-                elif state in _REASONS:
+            solved = _solve_batches(plain, remaining, count, solve, names)
+            remaining = []
+            for index, (values, check) in solved.items():
+                if check == _GOOD:
+                    spectra[index] = values, method
+                elif check == _NEXT_METHOD:
+                    remaining.append(index)
+                elif check in _REASONS:
                     logger.warning(
-                        "megatron_llr: %s: %s in a batch; it is solved by itself",
+                        "megatron_llr: %s: %s in a batch; it is solved individually",
                         names[index],
-                        _REASONS[state],
+                        _REASONS[check],
                     )
-            if not left:
+            if not remaining:
                 break
-    return [found[index] if index in found else alone(index) for index in range(len(plain))]
+    return [spectra[index] if index in spectra else solve_one(index) for index in range(len(plain))]
 
 
-Solved = tuple[torch.Tensor, int]
-_NO_SPECTRUM = torch.empty(0, dtype=torch.float64)
-_GIVEN_UP = -1
+CheckedValues = tuple[torch.Tensor, int]
+"""[N] fp64 eigenvalues, and the result of their checks."""
 
 
-def _in_chunks(
+def _solve_batches(
     weights: Sequence[torch.Tensor],
     members: Sequence[int],
-    at_once: int,
-    solve: Callable[[Sequence[torch.Tensor]], list[Solved]],
+    count: int,
+    solve: Callable[[Sequence[torch.Tensor]], list[CheckedValues]],
     names: Sequence[str],
-) -> dict[int, Solved]:
-    """Solve batch by batch; halve them where memory runs out, give one up where a solver fails."""
-    solved: dict[int, Solved] = {}
+) -> dict[int, CheckedValues]:
+    """Solve `count` matrices at a time.
+
+    The batches are halved if memory runs out. A batch whose solver fails is left unsolved.
+    """
+    solved: dict[int, CheckedValues] = {}
     first = 0
     while first < len(members):
-        chunk = members[first : first + at_once]
-        result: list[Solved] | None = None
-        reason, is_memory = "", False
+        batch = members[first : first + count]
+        result: list[CheckedValues] | None = None
+        reason, out_of_memory = "", False
         try:
-            result = solve([weights[index] for index in chunk])
+            result = solve([weights[index] for index in batch])
         except RuntimeError as error:
-            # What the failed attempt holds is released where this block ends.
+            # The memory of the failed attempt is released at the end of this block.
             reason = f"{type(error).__name__}: {first_line(error)}"
-            is_memory = _is_memory(error)
-            if not is_memory and not is_solvers(error):
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(
+                error
+            )
+            if not out_of_memory and not is_solver_failure(error):
                 raise
         if result is not None:
-            solved.update(zip(chunk, result, strict=True))
-            first += len(chunk)
+            solved.update(zip(batch, result, strict=True))
+            first += len(batch)
             continue
-        called = names[chunk[0]] + (f" and {len(chunk) - 1} more" if len(chunk) > 1 else "")
-        if is_memory and len(chunk) > 1:
-            at_once = -(-len(chunk) // 2)
-            remedy = f"batches of {at_once} from here on"
-            if weights[chunk[0]].is_cuda:
+        members_text = names[batch[0]] + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+        if out_of_memory and len(batch) > 1:
+            count = -(-len(batch) // 2)
+            remedy = f"batches of {count} from here on"
+            if weights[batch[0]].is_cuda:
                 torch.cuda.empty_cache()
         else:
-            solved.update((index, (_NO_SPECTRUM, _GIVEN_UP)) for index in chunk)
-            first += len(chunk)
+            no_values = torch.empty(0, dtype=torch.float64)
+            solved.update((index, (no_values, _UNSOLVED)) for index in batch)
+            first += len(batch)
             remedy = "they are solved one by one"
-        logger.warning("megatron_llr: a batch (%s) failed: %s; %s", called, reason, remedy)
+        logger.warning("megatron_llr: a batch (%s) failed: %s; %s", members_text, reason, remedy)
     return solved
 
 
-def _is_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text
-
-
 def solve_grams(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[B, N] eigenvalues and, where the solver says so matrix by matrix, what did not converge."""
+    """[B, N] eigenvalues, and [B] whether a matrix failed to converge, if the solver reports it."""
     if cusolver.is_wanted(gram):
         try:
             values, info = cusolver.eigvalsh_batched(gram)
@@ -226,11 +226,11 @@ def solve_grams(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 @torch.no_grad()
 def _solve_stack(
     weights: Sequence[torch.Tensor], *, dtype: torch.dtype, allowed_range: float
-) -> list[Solved]:
-    """Eigenvalues of matrices of equal smaller side, and what the checks say of each.
+) -> list[CheckedValues]:
+    """Eigenvalues of matrices of equal smaller side, and the results of their checks.
 
-    All checks run on the device. Their results are copied once, which is the only synchronization
-    beside that of the solver (torch's waits for its error codes).
+    All checks run on the device. Their results are copied once. That is the only synchronization
+    except the solver's own (torch's waits for its error codes).
     """
     size, device = min(weights[0].shape), weights[0].device
     gram = torch.empty(len(weights), size, size, dtype=dtype, device=device)
@@ -245,22 +245,22 @@ def _solve_stack(
         norms = norms.square()
         traces = gram.diagonal(dim1=1, dim2=2).double().sum(1)
         finite = torch.isfinite(norms) & torch.isfinite(traces)
-        # No element of a Gram matrix exceeds its trace. What is not finite must reach no solver: it
-        # may fail for the whole batch.
+        # No element of a Gram matrix exceeds its trace, so the trace shows whether all are finite.
+        # A matrix that is not finite could make the solver fail for the whole batch.
         gram.masked_fill_(~finite[:, None, None], 0.0)
         values, failed = solve_grams(gram)
         values = values.double()
         sums = values.sum(1)
         allowed = TOLERANCE[dtype]
-        # Written so that NaN is found out.
+        # False for NaN.
         right = ((sums - traces).abs() <= allowed * traces) & (values.diff() >= 0).all(1)
-        # Squares of small weights may underflow, which a wider dtype mends.
-        formed = (traces - norms).abs() <= allowed * norms
+        # Squares of small weights may underflow. A wider dtype avoids that.
+        accurate = (traces - norms).abs() <= allowed * norms
         values = values.clamp_min(0.0)
-        good = formed & stands_clear(values, allowed_range)
-        state = torch.where(good, _GOOD, _NEXT_METHOD)
-        state = torch.where(right, state, _WRONG)
+        good = accurate & is_tail_accurate(values, allowed_range)
+        checks = torch.where(good, _GOOD, _NEXT_METHOD)
+        checks = torch.where(right, checks, _WRONG)
         if failed is not None:
-            state = torch.where(failed, _WRONG, state)
-        state = torch.where(finite, state, _NOT_FINITE)
-    return list(zip(values.unbind(), state.tolist(), strict=True))
+            checks = torch.where(failed, _WRONG, checks)
+        checks = torch.where(finite, checks, _NOT_FINITE)
+    return list(zip(values.unbind(), checks.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Eigenvalues of WᵀW for one matrix, as cheaply as the wanted exponents allow.
+"""Eigenvalues of WᵀW for one matrix, by the cheapest method that is accurate enough.
 
 Shapes: `R` rows, `C` columns, `N` = min(R, C) eigenvalues.
 """
@@ -16,31 +16,32 @@ from megatron_llr.errors import first_line
 logger = logging.getLogger(__name__)
 
 _SolverError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-# How torch begins the errors of a GPU's solver libraries (cusolver, hipsolver, magma), which reach
-# Python as plain RuntimeErrors where they are no LinAlgError.
+# Prefixes of torch's errors from a GPU's solver libraries (cusolver, hipsolver, magma), which are
+# either LinAlgErrors or plain RuntimeErrors.
 _GPU_SOLVERS = ("solver error", "magma")
 
-# Where lambda_max exceeds the tail start by more than this, an fp32 Gram matrix no longer holds the
-# tail: alpha_hill_median is off by 1e-4 at a ratio of singular values of 370 (measured).
+# Largest ratio of lambda_max to the tail start at which an fp32 Gram matrix is accurate:
+# alpha_hill_median is off by 1e-4 at a ratio of singular values of 370 (measured).
 FP32_GRAM_RANGE = 1e4
-# The same for an fp64 Gram matrix: beyond it only a singular value decomposition keeps the tail.
+# The same for an fp64 Gram matrix. Above it only a singular value decomposition is accurate.
 FP64_GRAM_RANGE = 1e12
-# Up to this many eigenvalues fp64 costs next to nothing, and spares the entropy a miscount of tiny
-# singular values: one too many in 96 is 2e-3 of it (measured), in 1024 1e-4 (1 / n ln n).
+# Up to this many eigenvalues fp64 costs almost nothing. It avoids a miscount of tiny singular
+# values in the entropy: one too many in 96 changes it by 2e-3 (measured), in 1024 by 1e-4
+# (1 / n ln n).
 SMALL = 512
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in the dtype of their factors: neither TF32 nor autocast.
+    """Matrix products in the dtype of their factors, without TF32 and autocast.
 
-    The 10-bit mantissa of TF32 would show in the exponents, and the 7 bits of bf16 all the more.
+    The 10-bit mantissa of TF32 and the 7 bits of bf16 would change the exponents.
     """
     mkldnn: Any = torch.backends.mkldnn
     backends = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
     settings: list[tuple[Any, str, Any]]
     if all(hasattr(backend, "fp32_precision") for backend in backends):
-        # Where it was set by these names, torch refuses to answer by the older one below.
+        # Once these have been set, torch refuses to read the older name below.
         settings = [(backend, "fp32_precision", "ieee") for backend in backends]
     else:
         settings = [(torch.backends.cuda.matmul, "allow_tf32", False)]
@@ -56,14 +57,14 @@ def full_precision() -> Iterator[None]:
 
 
 def plain_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix that solvers understand.
+    """A weight as a plain tensor that solvers accept.
 
     Returns:
-        [R, C] detached, strided, of the dtype and device of `weight`; fp32 where the dtype is one
-        of 8 bits, and the values of a quantized tensor.
+        [R, C] detached, strided, of the dtype and device of `weight`. A dtype of 8 bits becomes
+        fp32; a quantized tensor is dequantized.
 
     Raises:
-        ValueError: if `weight` is not a matrix of real floating-point values that lie in memory.
+        ValueError: if `weight` is not a matrix of real floating-point values in memory.
     """
     if not isinstance(weight, torch.Tensor):
         raise ValueError(f"expected a matrix, got {type(weight).__name__}")
@@ -73,7 +74,7 @@ def plain_matrix(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.dequantize()
         kind = type(weight)
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        # What holds its values elsewhere, as a DTensor does.
+        # A subclass that stores its values elsewhere, such as a DTensor.
         raise ValueError(f"expected a matrix as a plain tensor, got {kind.__name__}")
     if weight.layout != torch.strided or weight.is_nested:
         raise ValueError(f"expected a dense matrix, got layout {weight.layout}")
@@ -102,13 +103,13 @@ def _gram_eigenvalues(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _squared_singular_values(weight: torch.Tensor) -> torch.Tensor:
     values: torch.Tensor = torch.linalg.svdvals(weight.double()).flip(0)
-    # Below this a singular value is rounding alone: the matrix has a lower rank.
+    # A smaller singular value is rounding error: the matrix has a lower rank.
     rounding = values.numel() * torch.finfo(values.dtype).eps * values[-1]
-    # NaN is not below it, so that a solver which gave NaN is found out.
+    # NaN does not compare as smaller, so a solver that returned NaN is still detected.
     return values.masked_fill(values <= rounding, 0.0).square()
 
 
-# Ways to the eigenvalues in the order in which they are tried: the range that each holds, itself.
+# Methods in the order in which they are tried: the range in which each is accurate, and the solver.
 _METHODS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
     "gram32": (FP32_GRAM_RANGE, lambda weight: _gram_eigenvalues(weight, torch.float32)),
     "gram64": (FP64_GRAM_RANGE, lambda weight: _gram_eigenvalues(weight, torch.float64)),
@@ -116,20 +117,17 @@ _METHODS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
 }
 
 
-def stands_clear(eigenvalues: torch.Tensor, allowed_range: float) -> torch.Tensor:
-    """Whether the upper half of each spectrum stands clear of rounding; [..., N] -> [...] bool."""
+def is_tail_accurate(eigenvalues: torch.Tensor, allowed_range: float) -> torch.Tensor:
+    """Whether the upper half of each spectrum is above rounding error; [..., N] -> [...] bool."""
     tail_start, largest = eigenvalues[..., eigenvalues.shape[-1] // 2], eigenvalues[..., -1]
-    # The largest is zero where the products of small weights underflow.
+    # The largest is zero if the products of small weights underflow.
     return (largest > 0) & (largest <= allowed_range * tail_start)
 
 
-def _holds(eigenvalues: torch.Tensor, allowed_range: float) -> bool:
-    return allowed_range == math.inf or bool(stands_clear(eigenvalues, allowed_range))
+def is_solver_failure(error: RuntimeError) -> bool:
+    """Whether a solver failed on this matrix, so that another may succeed.
 
-
-def is_solvers(error: RuntimeError) -> bool:
-    """Whether a solver gave up on this matrix; all else (no memory, a dead GPU) is no reason to go
-    on.
+    False for errors that affect every solver: no memory, a lost device.
     """
     if isinstance(error, _SolverError):
         return True
@@ -137,18 +135,18 @@ def is_solvers(error: RuntimeError) -> bool:
     return any(name in text.lower() for name in _GPU_SOLVERS) and "ALLOC_FAILED" not in text
 
 
-def _attempt(method: str, weight: torch.Tensor) -> torch.Tensor | None:
-    """[N] finite eigenvalues, or None where the solver failed."""
+def _try_method(method: str, weight: torch.Tensor) -> torch.Tensor | None:
+    """[N] finite eigenvalues, or None if the solver failed."""
     _, solve = _METHODS[method]
     try:
         with full_precision():
             eigenvalues = solve(weight)
     except RuntimeError as error:
-        if not is_solvers(error):
+        if not is_solver_failure(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
     else:
-        # A GPU's solver may give NaN where that of a CPU raises.
+        # A solver on a GPU may return NaN where one on the CPU raises.
         if torch.isfinite(eigenvalues).all():
             return eigenvalues
         reason = "eigenvalues that are not finite"
@@ -161,22 +159,23 @@ def _attempt(method: str, weight: torch.Tensor) -> torch.Tensor | None:
 def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.Tensor, str]:
     """Squared singular values of a matrix.
 
-    Where a solver fails (it raises, or gives values that are not finite) the next more careful one
-    is asked: fp32 Gram matrix, fp64 Gram matrix, singular values in fp64.
+    The methods are an fp32 Gram matrix, an fp64 Gram matrix, and singular values in fp64. The next
+    one is used if the solver raises or returns values that are not finite, or if the spectrum
+    exceeds the range in which the method is accurate.
 
     Args:
         weight: [R, C], any float dtype, any device.
-        full: whether the small eigenvalues are needed too (searching fits); then the Gram matrix is
-            formed in fp64 from the start.
+        full: whether the small eigenvalues are needed too (searched fits). The fp32 Gram matrix is
+            then skipped.
 
     Returns:
-        [N] fp64 eigenvalues of WᵀW, ascending, not divided by R, on the device of `weight`; and how
-        they were got (`SpectrumRecord.method`). All NaN, with `failed`, where the weight
-        is not finite or every solver gave up.
+        [N] fp64 eigenvalues of WᵀW, ascending, not divided by R, on the device of `weight`, and the
+        method (`SpectrumRecord.method`). All NaN and `failed` if the weight is not finite or every
+        solver failed.
 
     Raises:
-        ValueError: if `weight` is not a matrix of real floating-point values that lie in memory.
-        RuntimeError: where no other solver could help: memory ran out, the device is lost.
+        ValueError: if `weight` is not a matrix of real floating-point values in memory.
+        RuntimeError: if memory ran out or the device is lost.
     """
     weight = plain_matrix(weight)
     full = full or min(weight.shape) <= SMALL
@@ -184,8 +183,12 @@ def eigenvalues_of(weight: torch.Tensor, *, full: bool = False) -> tuple[torch.T
         for method, (allowed_range, _) in _METHODS.items():
             if full and method == "gram32":
                 continue
-            eigenvalues = _attempt(method, weight)
-            if eigenvalues is not None and _holds(eigenvalues, allowed_range):
+            eigenvalues = _try_method(method, weight)
+            if eigenvalues is not None and (
+                allowed_range == math.inf or is_tail_accurate(eigenvalues, allowed_range)
+            ):
                 return eigenvalues, method
-    nothing = torch.full((min(weight.shape),), torch.nan, dtype=torch.float64, device=weight.device)
-    return nothing, "failed"
+    no_values = torch.full(
+        (min(weight.shape),), torch.nan, dtype=torch.float64, device=weight.device
+    )
+    return no_values, "failed"

@@ -9,25 +9,16 @@ import math
 
 import torch
 
-# Candidates whose KS distances are computed at once: 256 x 8192 fp64 is 16 MiB.
-_CANDIDATES_AT_ONCE = 256
+# Number of candidates whose KS distances are computed at once: 256 x 8192 fp64 is 16 MiB.
+_CANDIDATE_CHUNK = 256
 # fix-finger: bins of the histogram of log10 eigenvalues, and the window around its peak
 # (Layer-wise-Learning-Rate, olmo/LRUnbalance.py).
 _BINS = 100
 _WINDOW_BELOW, _WINDOW_ABOVE = 0.95, 1.5
 
-# Mean ln(l_j / l_i) of a tail that is rounding alone: an orthogonal 600x600 matrix in fp32 has 7e-7
-# from its fp32 Gram matrix (measured), a Gaussian one 0.8.
+# Largest mean ln(l_j / l_i) that counts as rounding error: an orthogonal 600x600 matrix in fp32 has
+# 7e-7 from its fp32 Gram matrix (measured), a Gaussian one 0.8.
 _ROUNDING = 1e-5
-
-
-def _exponents(eigenvalues: torch.Tensor) -> torch.Tensor:
-    """Exponent for every tail start; NaN or inf where a tail is degenerate. [N] -> [N]."""
-    logs = eigenvalues.log()
-    # On a GPU a running sum is refused by torch's deterministic mode (--deterministic-mode).
-    tail_sums = logs.flip(0).cpu().cumsum(0).to(logs.device).flip(0)
-    members = torch.arange(logs.numel(), 0, -1, dtype=logs.dtype, device=logs.device)
-    return 1 + members / (tail_sums - members * logs)
 
 
 def fit_distances(eigenvalues: torch.Tensor, start: int, alphas: torch.Tensor) -> torch.Tensor:
@@ -39,7 +30,7 @@ def fit_distances(eigenvalues: torch.Tensor, start: int, alphas: torch.Tensor) -
         alphas: [B] exponents.
 
     Returns:
-        [B] distances, 1 where there is no fit.
+        [B] distances, 1 where the fit failed.
     """
     tail = eigenvalues[:, start:]
     model = 1 - (tail / tail[:, :1]).pow(1 - alphas[:, None])
@@ -50,7 +41,7 @@ def fit_distances(eigenvalues: torch.Tensor, start: int, alphas: torch.Tensor) -
     return torch.where(usable, distances, torch.ones_like(distances))
 
 
-def _distances(
+def _candidate_distances(
     eigenvalues: torch.Tensor, starts: torch.Tensor, alphas: torch.Tensor
 ) -> torch.Tensor:
     """max_{j>=i} |1 - (l_j/l_i)^(1-a) - (j-i)/n| of every candidate, 1 where a <= 1; [K]."""
@@ -58,7 +49,7 @@ def _distances(
     index = torch.arange(count, device=eigenvalues.device)
     distances = []
     for chosen, alpha in zip(
-        starts.split(_CANDIDATES_AT_ONCE), alphas.split(_CANDIDATES_AT_ONCE), strict=True
+        starts.split(_CANDIDATE_CHUNK), alphas.split(_CANDIDATE_CHUNK), strict=True
     ):
         ratio = eigenvalues[None, :] / eigenvalues[chosen, None]
         model = 1 - ratio.pow(1 - alpha[:, None])
@@ -78,7 +69,7 @@ def hill_medians(eigenvalues: torch.Tensor) -> torch.Tensor:
         eigenvalues: [B, N] ascending.
 
     Returns:
-        [B] exponents, NaN where a tail holds a zero or has no spread beyond rounding.
+        [B] exponents, NaN where a tail contains a zero or its spread is only rounding error.
     """
     tail = eigenvalues[:, eigenvalues.shape[1] // 2 :]
     count = tail.shape[1]
@@ -89,11 +80,16 @@ def hill_medians(eigenvalues: torch.Tensor) -> torch.Tensor:
 
 
 def _search(eigenvalues: torch.Tensor, candidates: torch.Tensor) -> float:
-    """Exponent at the candidate tail start of least KS distance, the first of equals."""
+    """Exponent at the candidate tail start of minimal KS distance, the first one if tied."""
     if candidates.numel() == 0:
         return math.nan
-    alphas = _exponents(eigenvalues)[candidates]
-    distances = _distances(eigenvalues, candidates, alphas)
+    logs = eigenvalues.log()
+    # torch's deterministic mode (--deterministic-mode) has no cumsum on a GPU.
+    tail_sums = logs.flip(0).cpu().cumsum(0).to(logs.device).flip(0)
+    members = torch.arange(logs.numel(), 0, -1, dtype=logs.dtype, device=logs.device)
+    # For every tail start; NaN or inf where a tail is degenerate.
+    alphas = (1 + members / (tail_sums - members * logs))[candidates]
+    distances = _candidate_distances(eigenvalues, candidates, alphas)
     best = int(distances.argmin())
     alpha = float(alphas[best])
     return alpha if math.isfinite(alpha) and alpha > 1 else math.nan
@@ -105,7 +101,7 @@ def _positive_starts(eigenvalues: torch.Tensor) -> torch.Tensor:
 
 
 def ks(eigenvalues: torch.Tensor) -> float:
-    """Exponent at the tail start of least KS distance, over all starts. [N] ascending -> float."""
+    """Exponent at the tail start of minimal KS distance. [N] ascending -> float."""
     return _search(eigenvalues, _positive_starts(eigenvalues))
 
 
@@ -113,14 +109,14 @@ def fix_finger(eigenvalues: torch.Tensor) -> float:
     """Exponent at the best tail start near the peak of the spectrum's density.
 
     The peak x is the left edge of the fullest of 100 equal bins of log10 l. Candidates satisfy
-    log10(0.95 x) <= l_i <= 1.5 x: the lower bound compares a logarithm with a value, an oddity of
-    the official code that its figures carry.
+    log10(0.95 x) <= l_i <= 1.5 x. The lower bound compares a logarithm with a value, as the
+    official code does.
 
     Args:
         eigenvalues: [N] ascending.
 
     Returns:
-        The exponent, or NaN where no candidate fits.
+        The exponent, or NaN if no candidate fits.
     """
     starts = _positive_starts(eigenvalues)
     positive = eigenvalues[eigenvalues > 0]

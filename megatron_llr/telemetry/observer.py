@@ -141,7 +141,7 @@ class Observer:
         table: SpectrumTable,
         targets: Mapping[MatrixId, float],
         matrix_index: MatrixIndex,
-        spectra: Mapping[str, Any],
+        spectra: Mapping[MatrixId, Any],
     ) -> None:
         """Record a measurement that precedes update `iteration`."""
         if self._csv is not None:

@@ -35,7 +35,7 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 from megatron_llr.controller import LayerwiseController  # noqa: E402
-from megatron_llr.measurement.exchange import assemble, cut  # noqa: E402
+from megatron_llr.measurement.transfers import assemble_matrix, read_shard  # noqa: E402
 from megatron_llr.megatron import job  # noqa: E402
 from megatron_llr.megatron.catalog import build_catalog  # noqa: E402
 from megatron_llr.ranks import gather_objects  # noqa: E402
@@ -138,12 +138,14 @@ class Run:
             if instead is not None:
                 shard = replace(shard, parameter=instead[id(shard.parameter)])
             pieces: list[Any] = [None] * len(shard.ranks)
-            dist.all_gather_object(pieces, cut(shard).contiguous().reshape(-1), group=shard.group)
+            dist.all_gather_object(
+                pieces, read_shard(shard).contiguous().reshape(-1), group=shard.group
+            )
             parts = zip(pieces, shard.placements, strict=True)
             if not shard.split:
                 parts = iter([(pieces[0], shard.placements[0])])
             chosen = list(parts)
-            found[shard.matrix] = assemble(
+            found[shard.matrix] = assemble_matrix(
                 [piece for piece, _ in chosen],
                 [placement for _, placement in chosen],
                 shard.rows,

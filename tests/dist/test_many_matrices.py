@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_llr.matrices.index import build_matrix_index
 from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.measurement import exchange
+from megatron_llr.measurement import transfers
 from megatron_llr.ranks import gather_distinct, gather_objects, require_equal
 from tests.reference.matrix_ids import shard_of
 
@@ -29,16 +29,16 @@ def test_vectors_of_all_ranks_arrive_in_bounded_batches(
         return torch.arange(sizes[rank][index], dtype=torch.float64) + 100 * rank + 10 * index
 
     widest: list[int] = []
-    gather = exchange.all_gather_rows
+    gather = transfers.all_gather_rows
 
     def watched(rows: torch.Tensor, counts: Any) -> Any:
         widest.append(max(counts) * len(counts) * 8)
         return gather(rows, counts)
 
-    monkeypatch.setattr(exchange, "all_gather_rows", watched)
+    monkeypatch.setattr(transfers, "all_gather_rows", watched)
     found: dict[tuple[int, int], torch.Tensor] = {}
     mine = [vector(here, index) for index in range(len(sizes[here]))]
-    for rank, which, values in exchange.all_gather_in_batches(
+    for rank, which, values in transfers.all_gather_in_batches(
         mine, sizes, torch.device("cpu"), limit
     ):
         parts = values.split(sizes[rank][which])

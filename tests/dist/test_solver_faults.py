@@ -191,7 +191,7 @@ def test_memory_that_runs_out_in_a_solver_ends_the_job_on_all_ranks(
     assert text.endswith(f"(rank {owner})")
 
 
-@pytest.mark.parametrize("name", ["cut", "records_from_eigenvalues"])
+@pytest.mark.parametrize("name", ["read_shard", "records_from_eigenvalues"])
 def test_memory_that_runs_out_beside_a_solver_does_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from megatron_llr import analyze_matrix
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, Span
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.measurement.exchange import cut, read_weight
+from megatron_llr.measurement.transfers import read_shard, read_weight
 from megatron_llr.megatron.weight_names import INPUT
 
 
@@ -59,7 +59,7 @@ def test_a_quantised_parameter_is_read_through_dequantisation() -> None:
     assert plain.dtype == torch.bfloat16
     # E4M3 has three bits of mantissa: a relative step of 2^-3, half of it by rounding.
     assert float((plain.float() - weight).abs().max()) <= 0.0626 * float(weight.abs().max())
-    assert torch.equal(cut(shard), torch.cat([plain[:32], plain[64:]]))
+    assert torch.equal(read_shard(shard), torch.cat([plain[:32], plain[64:]]))
 
 
 def test_its_exponent_is_near_that_of_the_weights() -> None:
@@ -89,4 +89,4 @@ def test_every_kind_of_quantised_tensor_is_dequantised(
     meant = torch.arange(24.0).view(4, 6)
     monkeypatch.setattr(kind, "detach", lambda self: self)
     monkeypatch.setattr(kind, "dequantize", lambda self: meant)
-    assert torch.equal(cut(shard_of(parameter, (Span(1, 0, 2),), 6)), meant[1:3])
+    assert torch.equal(read_shard(shard_of(parameter, (Span(1, 0, 2),), 6)), meant[1:3])

@@ -13,7 +13,7 @@ MODELS = {"1b": (2048, 5461, 24), "3b": (2560, 6848, 32)}
 def model(name: str, *, tp: int, pp: int, dp: int) -> list[MatrixInfo]:
     """The matrices of a LLaMA model on TP x PP x DP ranks, tensor-parallel fastest."""
     hidden, ffn, blocks = MODELS[name]
-    found = []
+    matrices = []
     for block in range(blocks):
         stage = block * pp // blocks
         holders = tuple(
@@ -24,8 +24,8 @@ def model(name: str, *, tp: int, pp: int, dp: int) -> list[MatrixInfo]:
         shapes |= {"gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn)}
         for role, (rows, columns) in shapes.items():
             name = f"block.{block}.mlp.{role}"
-            found.append(info(name, name, rows, columns, holders, tp > 1))
-    return found
+            matrices.append(info(name, name, rows, columns, holders, tp > 1))
+    return matrices
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def model(name: str, *, tp: int, pp: int, dp: int) -> list[MatrixInfo]:
     [("1b", 1, 1, 8), ("1b", 2, 1, 4), ("1b", 1, 1, 64), ("3b", 4, 2, 32), ("3b", 4, 2, 2)],
 )
 def test_the_slowest_rank_is_near_the_lower_bound(name: str, tp: int, pp: int, dp: int) -> None:
-    """Within 10 % of what no assignment can beat: the mean load, the costliest matrix, and, since
-    matrices are whole, the load of a rank that gets one more than the others.
+    """Within 10 % of a lower bound: the mean load, the costliest matrix, and, since matrices are
+    not divided, the load of a rank that gets one more than the others.
     """
     matrices = model(name, tp=tp, pp=pp, dp=dp)
     owners = assign_owners(matrices)

@@ -1,6 +1,6 @@
-"""Spectra in batches: the same as one by one, whatever shares a batch and whatever fails.
+"""Batches of spectra give the results of single matrices, whatever is in a batch or fails.
 
-On a CPU `batch_size` is 1; here the size of a batch is given.
+On a CPU `batch_size` is 1, so these tests set the size of a batch.
 """
 
 import math
@@ -47,37 +47,37 @@ KINDS = {
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 100])
-def test_every_kind_of_matrix_is_solved_as_it_is_alone(
+def test_every_kind_of_matrix_is_solved_as_a_single_one_is(
     size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = [*USUAL, *KINDS.values()]
     names = [*(f"usual{index}" for index in range(len(USUAL))), *KINDS]
-    found = eigenvalues_in_batches(weights, names=names, size_of_batch=size)
-    for name, weight, (values, method) in zip(names, weights, found, strict=True):
+    spectra = eigenvalues_in_batches(weights, names=names, size_of_batch=size)
+    for name, weight, (values, method) in zip(names, weights, spectra, strict=True):
         expected, expected_method = eigenvalues_of(weight)
         assert method == expected_method, name
         scale = float(expected[-1]) or 1.0
         assert torch.allclose(values / scale, expected / scale, atol=1e-6, equal_nan=True), name
-    told = {name for name in names if f"{name}: values that are not finite" in caplog.text}
-    assert told == {"overflow", "nan"}
+    warned = {name for name in names if f"{name}: values that are not finite" in caplog.text}
+    assert warned == {"overflow", "nan"}
     assert "do not add up" not in caplog.text
 
 
-def test_what_shares_a_batch_does_not_show_in_an_exponent() -> None:
+def test_an_exponent_does_not_depend_on_the_batch() -> None:
     def exponents(order: list[int], size: int) -> dict[int, float]:
-        found = eigenvalues_in_batches([USUAL[index] for index in order], size_of_batch=size)
-        records = records_from_eigenvalues([e for e, _ in found], methods=[m for _, m in found])
+        spectra = eigenvalues_in_batches([USUAL[index] for index in order], size_of_batch=size)
+        records = records_from_eigenvalues([e for e, _ in spectra], methods=[m for _, m in spectra])
         return {i: record.alpha_hill_median for i, record in zip(order, records, strict=True)}
 
-    alone = {index: analyze_matrix(weight).alpha_hill_median for index, weight in enumerate(USUAL)}
+    single = {index: analyze_matrix(weight).alpha_hill_median for index, weight in enumerate(USUAL)}
     for order, size in (([0, 1, 2, 3, 4], 5), ([4, 2, 0, 1, 3], 2), ([3, 0, 4, 1, 2], 3)):
-        assert exponents(order, size) == pytest.approx(alone, rel=1e-6)
+        assert exponents(order, size) == pytest.approx(single, rel=1e-6)
     assert exponents([0, 1, 2, 3, 4], 2) == exponents([0, 1, 2, 3, 4], 2)
 
 
-def test_the_searching_fits_begin_in_fp64() -> None:
-    found = eigenvalues_in_batches(USUAL, full=True, size_of_batch=3)
-    assert {method for _, method in found} == {"gram64"}
+def test_searched_fits_start_in_fp64() -> None:
+    spectra = eigenvalues_in_batches(USUAL, full=True, size_of_batch=3)
+    assert {method for _, method in spectra} == {"gram64"}
 
 
 SOLVE = torch.linalg.eigvalsh
@@ -98,7 +98,7 @@ def one_nan(gram: torch.Tensor) -> torch.Tensor:
 
 
 def exchanged(gram: torch.Tensor) -> torch.Tensor:
-    """The second gets the eigenvalues of another matrix of its shape and distribution."""
+    """Returns for the second matrix the eigenvalues of another of its shape and distribution."""
     values = SOLVE(gram)
     if gram.ndim == 3:
         values[1] = values[0]
@@ -106,15 +106,15 @@ def exchanged(gram: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fails", [one_wrong, one_nan, exchanged])
-def test_a_wrong_result_is_found_and_solved_again(
+def test_a_wrong_result_is_detected_and_solved_again(
     fails: Callable[[torch.Tensor], torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = [eigenvalues_of(weight)[0] for weight in USUAL]
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
-    found = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
-    for values, wanted in zip(found, expected, strict=True):
+    spectra = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
+    for values, wanted in zip(spectra, expected, strict=True):
         assert torch.allclose(values[0], wanted, rtol=1e-5, atol=1e-3)
     assert [line.split(": ")[1] for line in caplog.text.splitlines()] == ["b"]
     assert "b: eigenvalues that do not add up" in caplog.text
@@ -129,8 +129,8 @@ def test_a_batch_whose_solver_raises_is_solved_one_by_one(
         return SOLVE(gram)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
-    found = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=3)
-    assert [method for _, method in found] == ["gram32"] * 5
+    spectra = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=3)
+    assert [method for _, method in spectra] == ["gram32"] * 5
     assert "a batch (a and 2 more) failed: _LinAlgError: did not converge" in caplog.text
     assert "a batch (d and 1 more) failed" in caplog.text
 
@@ -147,8 +147,8 @@ def test_memory_that_runs_out_halves_the_batch(
         return SOLVE(gram)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
-    found = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
-    assert [method for _, method in found] == ["gram32"] * 5
+    spectra = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
+    assert [method for _, method in spectra] == ["gram32"] * 5
     assert sizes == [5, 3, 2, 2, 1]
     assert "(a and 4 more) failed: OutOfMemoryError: CUDA out of memory" in caplog.text
     assert "batches of 3 from here on" in caplog.text
@@ -199,10 +199,10 @@ def test_a_batch_respects_memory_and_the_solvers_counters() -> None:
     for size in (64, 512, 768, 1024, 2048, 2560):
         for memory in (0.0, 1e8, 4e9, 1e15):
             for count in (1, 2, 31, 500, 100_000):
-                found = batch_size(size, count, torch.float32, memory, "cuda")
-                assert 1 <= found <= count
-                assert found * size * size <= 2**31 - 1
-                assert found == 1 or found * memory_of(size, torch.float32) <= memory
+                chosen = batch_size(size, count, torch.float32, memory, "cuda")
+                assert 1 <= chosen <= count
+                assert chosen * size * size <= 2**31 - 1
+                assert chosen == 1 or chosen * memory_of(size, torch.float32) <= memory
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -218,21 +218,21 @@ def test_the_direct_solver_is_for_gpus_and_older_torch(monkeypatch: pytest.Monke
         assert cusolver.torch_solves_batches() is solves
 
 
-def test_an_error_of_the_direct_solver_leaves_torchs(
+def test_torchs_solver_is_used_after_an_error_of_the_direct_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(gram: torch.Tensor) -> None:
-        raise cusolver.CuSolverError("cusolverDnXsyevBatched gave status 7")
+        raise cusolver.CuSolverError("cusolverDnXsyevBatched returned status 7")
 
     monkeypatch.setattr(cusolver, "is_wanted", lambda gram: not cusolver._Broken.reason)
     monkeypatch.setattr(cusolver, "eigvalsh_batched", fails)
     monkeypatch.setattr(cusolver._Broken, "reason", "")
-    found = eigenvalues_in_batches(USUAL, size_of_batch=2)
-    assert [method for _, method in found] == ["gram32"] * 5
-    assert caplog.text.count("gave status 7") == 1
+    spectra = eigenvalues_in_batches(USUAL, size_of_batch=2)
+    assert [method for _, method in spectra] == ["gram32"] * 5
+    assert caplog.text.count("returned status 7") == 1
 
 
-def test_a_matrix_that_the_direct_solver_gives_up_is_solved_again(
+def test_a_matrix_on_which_the_direct_solver_fails_is_solved_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def solve(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,8 +240,8 @@ def test_a_matrix_that_the_direct_solver_gives_up_is_solved_again(
 
     monkeypatch.setattr(cusolver, "is_wanted", lambda gram: True)
     monkeypatch.setattr(cusolver, "eigvalsh_batched", solve)
-    found = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
-    assert [method for _, method in found] == ["gram32"] * 5
+    spectra = eigenvalues_in_batches(USUAL, names=list("abcde"), size_of_batch=5)
+    assert [method for _, method in spectra] == ["gram32"] * 5
     assert "b: eigenvalues" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""FARMS: windows where the authors' code puts them, and no bias by aspect ratio."""
+"""FARMS: the windows of the authors' code, and no bias by aspect ratio."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def test_windows(length: int, size: int, windows: int, expected: list[int]) -> N
 
 def test_eigenvalues_are_those_of_the_submatrices() -> None:
     weight = gaussian(96, 224)
-    found, method = farms_eigenvalues(weight, 2000, 3)
+    pooled, method = farms_eigenvalues(weight, 2000, 3)
     assert method == "farms"
     expected = torch.cat(
         [torch.linalg.svdvals(weight[:, a : a + 96].double()) ** 2 for a in (0, 64, 128)]
     )
-    assert torch.allclose(found, expected.sort().values, rtol=1e-9)
+    assert torch.allclose(pooled, expected.sort().values, rtol=1e-9)
     square, _ = farms_eigenvalues(gaussian(96, 96), 2000, 10)
     assert torch.equal(square, eigenvalues_of(gaussian(96, 96))[0])
     assert farms_eigenvalues(gaussian(96, 96), 64, 3)[0].numel() == 9 * 64
@@ -43,21 +43,21 @@ def test_eigenvalues_are_those_of_the_submatrices() -> None:
 def test_a_matrix_that_is_not_finite_has_no_spectrum() -> None:
     weight = gaussian(64, 200)
     weight[3, 199] = torch.inf
-    found, method = farms_eigenvalues(weight, 64, 5)
+    pooled, method = farms_eigenvalues(weight, 64, 5)
     assert method == "failed"
-    assert found.isnan().all()
+    assert pooled.isnan().all()
 
 
 def test_random_matrices_of_any_shape_get_about_the_same_exponent() -> None:
-    """The whole spectrum tells a 4:1 matrix from a square one by 1.4, the submatrices by 0.1."""
+    """The exponents of a 4:1 and a square matrix differ by 1.4, of their submatrices by 0.1."""
     whole, pooled = [], []
     for shape in ((128, 128), (128, 256), (512, 128)):
         weight = gaussian(*shape)
-        for found, eigenvalues in (
+        for exponents, eigenvalues in (
             (whole, eigenvalues_of(weight)[0]),
             (pooled, farms_eigenvalues(weight, 128, 5)[0]),
         ):
             record = record_from_eigenvalues(eigenvalues, method="farms")
-            found.append(record.alpha_hill_median)
+            exponents.append(record.alpha_hill_median)
     assert max(whole) - min(whole) > 1.0
     assert max(pooled) - min(pooled) < 0.15

@@ -1,4 +1,4 @@
-"""The official code's own figures (Layer-wise-Learning-Rate at bbd0dcf), through public names."""
+"""Reference figures of the official code (Layer-wise-Learning-Rate at bbd0dcf)."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.reference.parity import OfficialRamps
 
 
 def rebuild(row: dict[str, Any]) -> torch.Tensor:
-    """The matrix that a row of spectra.json speaks of, from its kind, shape and seed."""
+    """The matrix of a row of spectra.json, from its kind, shape and seed."""
     rows, cols, random = row["rows"], row["cols"], np.random.default_rng(row["seed"])
     gaussian, small = random.standard_normal((rows, cols)), min(rows, cols)
 
@@ -50,7 +50,7 @@ def test_spectra(golden: Path) -> None:
         matrix = rebuild(row)
         full = analyze_matrix(matrix, ("hill_median", "ks", "fix_finger"))
         for record in (full, analyze_matrix(matrix)):
-            found = {
+            metrics = {
                 "alpha_median": record.alpha_hill_median,
                 "alphahat": record.alpha_hat,
                 "fnorm": record.frobenius_norm**2,
@@ -58,7 +58,7 @@ def test_spectra(golden: Path) -> None:
                 "stable_rank": record.stable_rank,
                 "entropy": record.entropy,
             }
-            for name, value in found.items():
+            for name, value in metrics.items():
                 assert value == pytest.approx(row[name], rel=1e-4), (row, name)
         assert full.num_eigenvalues == min(row["rows"], row["cols"])
         # Where KS distances tie within float32 the search may pick a neighbouring tail start.
@@ -92,12 +92,12 @@ def test_assignment(golden: Path) -> None:
             min_multiplier=case["lo"],
             max_multiplier=case["hi"],
         )
-        found = assign_multipliers(alphas, config)
+        multipliers = assign_multipliers(alphas, config)
         # The official inverse log2 multiplies by n where it should divide.
         official_slip = len(alphas) ** 2 if name == "tb_log2" and config.inverse else 1
         tolerance = 1e-9 if name.endswith("linear_map") else 1e-6
         for matrix, ratio in zip(names, case["ratios"], strict=True):
-            assert found[matrix] == pytest.approx(ratio / official_slip, rel=tolerance), case
+            assert multipliers[matrix] == pytest.approx(ratio / official_slip, rel=tolerance), case
 
 
 def test_traces(golden: Path) -> None:

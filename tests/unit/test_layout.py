@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llr.matrices.layout import Placement, Span, flat_ranges, interleaved, stacked
-from megatron_llr.measurement.exchange import assemble
+from megatron_llr.measurement.transfers import assemble_matrix
 from megatron_llr.megatron.weight_names import BLOCK_WEIGHTS, HeldRows, TransformerShape, find_rule
 from tests.reference.matrix_ids import shard_of
 
@@ -41,7 +41,7 @@ def test_qkv_of_all_ranks_makes_up_q_k_and_v(
             else local[r][:0].view(-1)
             for r, p in enumerate(placements)
         ]
-        assert torch.equal(assemble(pieces, placements, *whole.shape), whole), role
+        assert torch.equal(assemble_matrix(pieces, placements, *whole.shape), whole), role
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -59,7 +59,7 @@ def test_a_fused_down_projection_holds_the_query_first(shards: int) -> None:
             for part, found in zip(local, spans, strict=True)
         ]
         placements = [Placement(found, 0, 1) for found in spans]
-        assert torch.equal(assemble(pieces, placements, *expected.shape), expected)
+        assert torch.equal(assemble_matrix(pieces, placements, *expected.shape), expected)
     duplicated = layout(shape, HeldRows(28))
     assert duplicated == {"q_down": (Span(0, 0, 12),), "kv_down": (Span(12, 0, 16),)}
 
@@ -77,7 +77,7 @@ def test_sections_of_all_ranks_make_up_the_whole(shards: int) -> None:
         local = torch.cat(parts)
         pieces.append(torch.cat([local[s.local : s.local + s.count] for s in spans]).view(-1))
         placements.append(Placement(spans, 0, 3))
-    assert torch.equal(assemble(pieces, placements, 28, 3), torch.cat(sections))
+    assert torch.equal(assemble_matrix(pieces, placements, 28, 3), torch.cat(sections))
 
 
 def test_every_weight_of_the_table_is_found_by_its_name() -> None:

@@ -71,9 +71,8 @@ def test_every_role_of_the_tables_is_listed_and_no_other() -> None:
     shape = TransformerShape(4, 2, 8, True, True, latent_query=8)
     roles = {weight.role for weight in (*MODEL_WEIGHTS.values(), *PREDICTION_WEIGHTS.values())}
     for rule in BLOCK_WEIGHTS:
-        parameter = Scope("block.0").matrix_id(
-            rule.parameter, rule.module, 0 if rule.of_expert else None
-        )
+        expert = 0 if rule.of_expert else None
+        parameter = Scope("block.0").matrix_id(rule.parameter, rule.module, expert)
         for weight in rule.layout(shape, HeldRows(48, sections=[48])):
             roles.add(parameter.sibling(weight).role)
     assert roles == set(ROLES)

@@ -109,13 +109,13 @@ FLOATS = sorted(
 )
 
 
-def test_all_float_dtypes_are_tried() -> None:
+def test_all_float_dtypes_are_covered() -> None:
     names = {str(dtype) for dtype in FLOATS}
     assert {"torch.float8_e4m3fn", "torch.bfloat16", "torch.float64"} <= names
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_float_dtype_is_right_or_refused(dtype: torch.dtype) -> None:
+def test_every_float_dtype_is_correct_or_rejected(dtype: torch.dtype) -> None:
     """float4_e2m1fn_x2 holds two values in an element: such a tensor has another shape."""
     if "x2" in str(dtype):
         packed = torch.ones(64, 64, dtype=torch.uint8).view(dtype)
@@ -138,7 +138,7 @@ class Plain(torch.Tensor):
 
 
 class Wrapped(torch.Tensor):
-    """Holds its values elsewhere, and says nothing of how to get them."""
+    """Stores its values elsewhere and cannot return them."""
 
     @classmethod
     def __torch_dispatch__(
@@ -150,7 +150,7 @@ class Wrapped(torch.Tensor):
 
 
 class Quantized(Wrapped):
-    """As the quantized parameters of Transformer Engine: knows its values."""
+    """Has `dequantize`, as quantized parameters of Transformer Engine do."""
 
     values: torch.Tensor
 
@@ -181,7 +181,7 @@ VALUES = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     ],
     ids="parameter subclass quantized transposed strided expanded real negative".split(),
 )
-def test_other_tensors_are_read_right(weight: torch.Tensor) -> None:
+def test_other_tensors_are_read_correctly(weight: torch.Tensor) -> None:
     expected = analyze_matrix(VALUES.clone())
     assert analyze_matrix(weight).alpha_hill_median == pytest.approx(
         expected.alpha_hill_median, rel=1e-9
@@ -223,7 +223,7 @@ NO_MATRICES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", NO_MATRICES)
-def test_what_is_no_matrix_is_refused_in_one_line(kind: str) -> None:
+def test_anything_but_a_matrix_is_rejected_in_one_line(kind: str) -> None:
     weight = NO_MATRICES[kind]()
     for analyze in (analyze_matrix, lambda w: eigenvalues_in_batches([w])):
         with pytest.raises(ValueError, match=r"^expected a ") as caught:

@@ -1,4 +1,4 @@
-"""analyze_matrix against plain code, and at the edges where spectra go wrong."""
+"""analyze_matrix against plain code, and for degenerate and extreme spectra."""
 
 import math
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def test_alpha_hill_median_is_the_reference(shape: tuple[int, int], dtype: torch
 
 
 @pytest.mark.parametrize(("ratio", "method"), [(10.0, "gram32"), (1e4, "gram64"), (1e8, "svd64")])
-def test_a_wide_spectrum_is_redone_in_fp64(ratio: float, method: str) -> None:
-    """sigma_max / sigma_median = ratio; the record says how its eigenvalues were got."""
+def test_a_wide_spectrum_is_solved_again_in_fp64(ratio: float, method: str) -> None:
+    """sigma_max / sigma_median = ratio; the record has the method."""
     values = torch.linspace(1, 2, 600).double()
     values[-1] = ratio * float(values.median())
     weight = with_singular_values(values, 600, 640)
@@ -79,7 +79,7 @@ def breaks_on_a_gpu(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fails", [does_not_converge, gives_nan, breaks_on_a_gpu])
-def test_a_solver_that_fails_is_followed_by_the_next(
+def test_the_next_solver_is_used_if_one_fails(
     fails: Callable[[torch.Tensor], torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -119,7 +119,7 @@ NO_MEMORY = "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolve
         RuntimeError(NO_MEMORY),
     ],
 )
-def test_what_no_other_solver_could_mend_is_raised(
+def test_an_error_that_affects_every_solver_is_raised(
     error: RuntimeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(gram: torch.Tensor) -> torch.Tensor:
@@ -150,24 +150,24 @@ def test_wrong_arguments_are_named() -> None:
         analyze_matrix(torch.randn(8))
 
 
-def _newer_name(backend: Any, precision: str) -> None:
+def set_by_newer_name(backend: Any, precision: str) -> None:
     backend.fp32_precision = precision
 
 
 @pytest.mark.parametrize(
-    ("reduce", "found"),
+    ("reduce", "ambient"),
     [
         (lambda: torch.set_float32_matmul_precision("high"), ("tf32", "tf32")),
-        (lambda: _newer_name(torch.backends.cuda.matmul, "tf32"), ("tf32", "none")),
-        (lambda: _newer_name(torch.backends.mkldnn.matmul, "bf16"), ("none", "bf16")),
-        (lambda: _newer_name(torch.backends, "tf32"), ("tf32", "tf32")),
+        (lambda: set_by_newer_name(torch.backends.cuda.matmul, "tf32"), ("tf32", "none")),
+        (lambda: set_by_newer_name(torch.backends.mkldnn.matmul, "bf16"), ("none", "bf16")),
+        (lambda: set_by_newer_name(torch.backends, "tf32"), ("tf32", "tf32")),
     ],
     ids=["older", "cuda", "mkldnn", "all"],
 )
 def test_reduced_precision_does_not_reach_the_gram_matrix(
-    reduce: Callable[[], None], found: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    reduce: Callable[[], None], ambient: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Set by torch's older name or by its newer ones; it stands again afterwards."""
+    """Set by torch's older name or by its newer ones, and restored afterwards."""
 
     def precisions() -> tuple[str, str]:
         backends = torch.backends
@@ -185,15 +185,15 @@ def test_reduced_precision_does_not_reach_the_gram_matrix(
         reduce()
         assert analyze_matrix(torch.randn(600, 600)).method == "gram32"
         assert inside == [("ieee", "ieee")]
-        assert precisions() == found
+        assert precisions() == ambient
     finally:
         torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-            _newer_name(backend, "none")
+            set_by_newer_name(backend, "none")
 
 
-def test_weights_whose_products_underflow_are_no_zeros() -> None:
+def test_weights_whose_products_underflow_are_not_zeros() -> None:
     weight = torch.randn(600, 700, generator=torch.Generator().manual_seed(0))
     small, usual = analyze_matrix(weight * 1e-24), analyze_matrix(weight)
     assert small.method != "gram32"
