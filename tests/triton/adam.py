@@ -6,15 +6,14 @@ from typing import Any
 import torch
 
 from megatron_llr.param_groups.inner_groups import InnerGroups
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor
 
 EPSILON = 2.0**-23
 BETAS, EPS, RATE, DECAY = (0.9, 0.95), 1e-8, 0.01, 0.1
 SETTINGS = {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
 # Name -> shape, and the matrices in it: interleaved with runs that begin inside a row, stacked with
 # more than one chunk, one matrix, a flat slice, no matrix at all.
-TENSORS: dict[str, tuple[tuple[int, ...], tuple[Part, ...]]] = {
+TENSORS: dict[str, tuple[tuple[int, ...], tuple[MatrixRanges, ...]]] = {
     "qkv": (
         (24, 50),
         (
