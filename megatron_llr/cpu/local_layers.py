@@ -1,8 +1,8 @@
-"""Layers that Megatron has for GPUs alone, from its own parts that run anywhere.
+"""CPU versions of layers that Megatron has only for GPUs, built from its local layers.
 
-With them the CPU route takes the flags of a cluster's job: sequence parallelism, context
-parallelism, multi-latent attention, the alltoall dispatcher of experts. Imports megatron; loaded by
-`cpu/emulation.py`, after its other substitutions.
+With them the CPU route supports the flags of a GPU job: sequence parallelism, context parallelism,
+multi-latent attention, the alltoall dispatcher of experts. Imports megatron, so `cpu/emulation.py`
+imports it after its other substitutions.
 """
 
 import copy
@@ -22,11 +22,11 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 
 def substitute() -> None:
-    """Put them where Megatron's local layer specs find them."""
+    """Make Megatron's local layer specs use the layers of this module."""
     backend: Any = backends
     backend.DotProductAttention = CoreAttention
     dispatcher: Any = token_dispatcher
@@ -36,25 +36,25 @@ def substitute() -> None:
     _substitute_norms()
 
 
-def true_order(pieces: int, cp_size: int) -> list[int]:
-    """Where each piece of the sequence lies in what context-parallel ranks hold, one after another.
+def true_order(chunks: int, cp_size: int) -> list[int]:
+    """Position of each chunk of the sequence in the concatenation over context-parallel ranks.
 
-    Rank r of `cp_size` holds the pieces r and 2 * cp_size - 1 - r of 2 * cp_size equal ones
+    Rank r of `cp_size` holds the chunks r and 2 * cp_size - 1 - r of 2 * cp_size equal ones
     (`megatron.core.utils.get_batch_on_this_cp_rank`).
 
     Args:
-        pieces: 2 * cp_size.
+        chunks: 2 * cp_size.
         cp_size: number of context-parallel ranks.
     """
-    held = [piece for rank in range(cp_size) for piece in (rank, pieces - 1 - rank)]
-    return sorted(range(pieces), key=held.__getitem__)
+    held = [chunk for rank in range(cp_size) for chunk in (rank, chunks - 1 - rank)]
+    return sorted(range(chunks), key=held.__getitem__)
 
 
 class CoreAttention(DotProductAttention):  # type: ignore[misc]
-    """Megatron's unfused attention, which alone knows neither context parallelism nor MLA.
+    """Megatron's unfused attention, with support for context parallelism and MLA.
 
-    Under context parallelism every rank gathers keys and values of the whole sequence. Under
-    multi-latent attention keys and values have widths of their own.
+    With context parallelism every rank gathers keys and values of the whole sequence. With
+    multi-latent attention keys and values may have different widths.
     """
 
     def __init__(
@@ -65,18 +65,17 @@ class CoreAttention(DotProductAttention):  # type: ignore[misc]
         v_channels: int | None = None,
         **kwargs: Any,
     ) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1
-        super().__init__(alone, *args, **kwargs)
+        without_cp = copy.copy(config)
+        without_cp.context_parallel_size = 1
+        super().__init__(without_cp, *args, **kwargs)
         self.config = config
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         if config.context_parallel_size > 1 and self.scale_mask_softmax.window_size is not None:
-            raise user_error(
-                "--window-size with --context-parallel-size is not there on the CPU",
-                got=f"--window-size {config.window_size}",
-                allowed="context parallelism or sliding windows",
-                remedy="leave one of them out, or run on a GPU",
+            raise input_error(
+                f"--window-size {config.window_size} is not supported together with "
+                f"--context-parallel-size {config.context_parallel_size} on the CPU. Remove one of "
+                "the two flags, or run on a GPU"
             )
 
     def forward(
@@ -88,54 +87,52 @@ class CoreAttention(DotProductAttention):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend from this rank's queries to the whole sequence.
+        """Attention of this rank's queries to the whole sequence.
 
         Args:
-            query: [positions here, batch, heads, width].
-            key: [positions here, batch, groups, width].
-            value: [positions here, batch, groups, width].
-            attention_mask: [batch, 1, positions here, all positions], true where not to look; None
-                for the causal one.
-            args: passed on.
-            kwargs: passed on.
+            query: [local positions, batch, heads, width].
+            key: [local positions, batch, groups, width].
+            value: [local positions, batch, groups, width].
+            attention_mask: [batch, 1, local positions, all positions], true at masked positions.
+                None for the causal mask.
+            args: arguments of Megatron's attention.
+            kwargs: arguments of Megatron's attention.
 
         Returns:
-            [positions here, batch, heads * width of a value].
+            [local positions, batch, heads * width of a value].
         """
-        if self.config.context_parallel_size > 1:
-            key, value = self._whole(key), self._whole(value)
+        ranks = self.config.context_parallel_size
+        if ranks > 1:
+            key, value = self._gather_sequence(key), self._gather_sequence(value)
             if attention_mask is None:
-                attention_mask = self._causal_mask(query.shape[0])
+                rank = self.pg_collection.cp.rank()
+                positions = torch.arange(query.shape[0] * ranks)
+                chunks = positions.view(2 * ranks, -1)
+                local = chunks[[rank, 2 * ranks - 1 - rank]].reshape(-1, 1)
+                attention_mask = (positions > local)[None, None]
         out: torch.Tensor = super().forward(query, key, value, attention_mask, *args, **kwargs)
         return out
 
-    def _whole(self, mine: torch.Tensor) -> torch.Tensor:
-        """From positions here to all, in their true order; backward sums the gradients."""
+    def _gather_sequence(self, local: torch.Tensor) -> torch.Tensor:
+        """All positions in order from those of this rank; backward sums the gradients."""
         ranks = self.config.context_parallel_size
-        held: torch.Tensor = gather_from_sequence_parallel_region(
-            mine.contiguous(), group=self.pg_collection.cp
+        gathered: torch.Tensor = gather_from_sequence_parallel_region(
+            local.contiguous(), group=self.pg_collection.cp
         )
-        pieces = held.view(2 * ranks, -1, *held.shape[1:])
-        return pieces[true_order(2 * ranks, ranks)].reshape(held.shape)
-
-    def _causal_mask(self, positions_here: int) -> torch.Tensor:
-        ranks, rank = self.config.context_parallel_size, self.pg_collection.cp.rank()
-        everywhere = torch.arange(positions_here * ranks)
-        pieces = everywhere.view(2 * ranks, -1)
-        here = pieces[[rank, 2 * ranks - 1 - rank]].reshape(-1, 1)
-        return (everywhere > here)[None, None]
+        chunks = gathered.view(2 * ranks, -1, *gathered.shape[1:])
+        return chunks[true_order(2 * ranks, ranks)].reshape(gathered.shape)
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """What Transformer Engine's linear is to latent experts: one weight, whole on every rank.
+    """A linear layer with the whole weight on every rank; replaces Transformer Engine's (MoE).
 
     Args:
         input_size: columns of the weight.
         output_size: rows of the weight.
         config: of the model.
-        init_method: draws the weight in place.
-        bias: whether there is one.
-        kwargs: what says that no rank has a part of it.
+        init_method: initializes the weight in place.
+        bias: whether it has a bias.
+        kwargs: `parallel_mode`, which must be "duplicated"; others are ignored.
     """
 
     def __init__(
@@ -162,13 +159,13 @@ class ReplicatedLinear(torch.nn.Linear):
             marked.tensor_model_parallel = False
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """Project [..., input_size] to [..., output_size]; no bias is left to add."""
+        """Project [..., input_size] to [..., output_size]. None: the bias has been added."""
         return super().forward(hidden), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:
-        """For a checkpoint: the same on all tensor-parallel ranks."""
+        """State for a checkpoint, equal on all tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -180,17 +177,17 @@ class ReplicatedLinear(torch.nn.Linear):
 
 
 def _substitute_norms() -> None:
-    """Let torch's norms take part in sequence parallelism, as a GPU's norms do.
+    """Make torch's norms support sequence parallelism, as norms on a GPU do.
 
-    Each tensor-parallel rank norms its own tokens; Megatron sums the gradients of weights that say
-    so.
+    Each tensor-parallel rank normalizes its own tokens. Megatron sums the gradients of weights with
+    the attribute `sequence_parallel`.
     """
     plain: Any = WrappedTorchNorm.__new__
 
     def new(cls: Any, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        without = copy.copy(config)
-        without.sequence_parallel = False
-        norm: torch.nn.Module = plain(cls, without, *args, **kwargs)
+        without_sp = copy.copy(config)
+        without_sp.sequence_parallel = False
+        norm: torch.nn.Module = plain(cls, without_sp, *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
@@ -199,9 +196,9 @@ def _substitute_norms() -> None:
 
 
 def _token_counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """What the alltoall dispatcher of experts sends, as numpy arrays.
+    """Token counts of the alltoall dispatcher of experts, as numpy arrays.
 
-    Megatron turns counts that come from a GPU into arrays, and passes them on to collectives; those
-    that are on the CPU already it leaves as tensors, which collectives refuse.
+    Megatron converts only counts on a GPU to arrays for its collectives. Counts on the CPU stay
+    tensors, which the collectives reject.
     """
     return counts.numpy() if as_numpy and torch.is_tensor(counts) else counts
