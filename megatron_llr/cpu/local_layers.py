@@ -33,7 +33,19 @@ def substitute() -> None:
     dispatcher.maybe_move_tensor_to_cpu = _token_counts
     experts: Any = moe_layer
     experts.TELinear, experts.HAVE_TE = ReplicatedLinear, True
-    _substitute_norms()
+    create_norm: Any = WrappedTorchNorm.__new__
+
+    def new(cls: Any, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # Torch's norms support sequence parallelism: each tensor-parallel rank normalizes its own
+        # tokens. Megatron sums the gradients of weights with this attribute.
+        without_sp = copy.copy(config)
+        without_sp.sequence_parallel = False
+        norm: torch.nn.Module = create_norm(cls, without_sp, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(new)
 
 
 def true_order(chunks: int, cp_size: int) -> list[int]:
@@ -174,25 +186,6 @@ class ReplicatedLinear(torch.nn.Linear):
             tp_group=get_tensor_model_parallel_group_if_none(None),
             dp_cp_group=metadata["dp_cp_group"],
         )
-
-
-def _substitute_norms() -> None:
-    """Make torch's norms support sequence parallelism, as norms on a GPU do.
-
-    Each tensor-parallel rank normalizes its own tokens. Megatron sums the gradients of weights with
-    the attribute `sequence_parallel`.
-    """
-    plain: Any = WrappedTorchNorm.__new__
-
-    def new(cls: Any, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        without_sp = copy.copy(config)
-        without_sp.sequence_parallel = False
-        norm: torch.nn.Module = plain(cls, without_sp, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(new)
 
 
 def _token_counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -77,7 +77,7 @@ class MatrixSums:
 
 
 class StepRecorder:
-    """Records the steps of all inner optimizers on a rank. A step that is not logged costs nothing.
+    """Records the steps of all inner optimizers on a rank. Steps that are not logged have no cost.
 
     Args:
         sources: every inner optimizer, with its stepped tensors and the ranges to record.
