@@ -46,15 +46,10 @@ _COLUMN, _ROW, _NORM = (
 
 
 def substitute() -> None:
-    """Make local layers the default of every hybrid model."""
+    """Make local layers the default of hybrid models. Layers without one are unchanged."""
     block: Any = hybrid_block
     models: Any = hybrid_models
     block.TENorm = _NORM
-    models.default_hybrid_stack_spec = _local_stack()
-
-
-def _local_stack() -> ModuleSpec:
-    """Megatron's stack with local layers. Layers without a local version are unchanged."""
     mamba_mixer = ModuleSpec(
         module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=_COLUMN, out_proj=_ROW)
     )
@@ -98,7 +93,8 @@ def _local_stack() -> ModuleSpec:
         ),
         mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=prediction),
     )
-    return ModuleSpec(module=hybrid_stack_spec.module, submodules=submodules)
+    stack = ModuleSpec(module=hybrid_stack_spec.module, submodules=submodules)
+    models.default_hybrid_stack_spec = stack
 
 
 def _mixer(attention: type, submodules: Any) -> ModuleSpec:

@@ -30,7 +30,13 @@ def substitute() -> None:
     backend: Any = backends
     backend.DotProductAttention = CoreAttention
     dispatcher: Any = token_dispatcher
-    dispatcher.maybe_move_tensor_to_cpu = _token_counts
+
+    def token_counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Megatron converts only counts on a GPU to arrays for its collectives. Counts on the CPU
+        # would stay tensors, which the collectives reject.
+        return counts.numpy() if as_numpy and torch.is_tensor(counts) else counts
+
+    dispatcher.maybe_move_tensor_to_cpu = token_counts
     experts: Any = moe_layer
     experts.TELinear, experts.HAVE_TE = ReplicatedLinear, True
     create_norm: Any = WrappedTorchNorm.__new__
@@ -186,12 +192,3 @@ class ReplicatedLinear(torch.nn.Linear):
             tp_group=get_tensor_model_parallel_group_if_none(None),
             dp_cp_group=metadata["dp_cp_group"],
         )
-
-
-def _token_counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Token counts of the alltoall dispatcher of experts, as numpy arrays.
-
-    Megatron converts only counts on a GPU to arrays for its collectives. Counts on the CPU stay
-    tensors, which the collectives reject.
-    """
-    return counts.numpy() if as_numpy and torch.is_tensor(counts) else counts

@@ -20,7 +20,7 @@ _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _adam_kernel(  # type: ignore[no-untyped-def]
+def _step_kernel(  # type: ignore[no-untyped-def]
     parameters,  # [T] int64 addresses of fp32 weights
     gradients,  # [T] int64 addresses, 0 if a tensor has no gradient
     first_moments,  # [T] int64 addresses of fp32 exp_avg
@@ -186,7 +186,7 @@ def launch_adam(
     if count == 0:
         return
     beta1, beta2 = formula.betas
-    _adam_kernel[(count,)](
+    _step_kernel[(count,)](
         *addresses.unbind(0),
         corrections,
         rates,

@@ -1,7 +1,7 @@
 """Which optimizers, tensors and states the fused step supports, and the reasons if it does not."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,27 +33,6 @@ def reason_unsupported(optimizer: torch.optim.Optimizer) -> str | None:
 def layouts_of(optimizer: Any) -> dict[torch.dtype, AdamLayout] | str:
     """The optimizer's computation for each dtype of its tensors, or why it is not supported."""
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    reason = _unsupported_tensors(tensors)
-    if reason is not None:
-        return reason
-    for group in optimizer.param_groups:
-        for name in ("lr", "weight_decay", "eps", "betas"):
-            values = group.get(name)
-            for value in values if isinstance(values, tuple | list) else (values,):
-                if isinstance(value, torch.Tensor) and is_on_cuda(value):
-                    return f"its {name} is a tensor on a CUDA device"
-    layouts: dict[torch.dtype, AdamLayout] = {}
-    for dtype in _DTYPES:
-        if any(tensor.dtype == dtype for tensor in tensors):
-            layout = layout_of(optimizer, dtype, tensors[0].device)
-            if isinstance(layout, str):
-                return layout
-            layouts[dtype] = layout
-    return layouts
-
-
-def _unsupported_tensors(tensors: Sequence[torch.Tensor]) -> str | None:
-    """Why the fused step does not support these tensors, or None if it does."""
     if not tensors:
         return "it steps no tensor on this rank"
     if find_spec("triton") is None:
@@ -70,7 +49,20 @@ def _unsupported_tensors(tensors: Sequence[torch.Tensor]) -> str | None:
             return f"it steps {tensor.dtype} tensors"
         if not tensor.is_contiguous():
             return "it steps tensors that are not contiguous"
-    return None
+    for group in optimizer.param_groups:
+        for name in ("lr", "weight_decay", "eps", "betas"):
+            values = group.get(name)
+            for value in values if isinstance(values, tuple | list) else (values,):
+                if isinstance(value, torch.Tensor) and is_on_cuda(value):
+                    return f"its {name} is a tensor on a CUDA device"
+    layouts: dict[torch.dtype, AdamLayout] = {}
+    for dtype in _DTYPES:
+        if any(tensor.dtype == dtype for tensor in tensors):
+            layout = layout_of(optimizer, dtype, tensors[0].device)
+            if isinstance(layout, str):
+                return layout
+            layouts[dtype] = layout
+    return layouts
 
 
 def is_readable_gradient(gradient: torch.Tensor | None) -> bool:

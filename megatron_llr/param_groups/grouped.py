@@ -103,7 +103,7 @@ class GroupedStep:
         inner: Any = self._optimizer
         own_groups, own_state = inner.param_groups, inner.state
         plan = self._plan_for(own_groups, multipliers)
-        groups = plan.fill(own_groups, multipliers, self._settings)
+        groups = plan.fill(own_groups, multipliers, self._factors)
         try:
             for tensor, parts in plan.scaled:
                 self._scale_rows(tensor, parts, multipliers)
@@ -161,17 +161,6 @@ class GroupedStep:
                 "gradient that is not contiguous fp32 or bf16"
             )
         self._row_scaling.scale(tensor, parts, multipliers)
-
-    def _settings(self, base: dict[str, Any], multiplier: float) -> dict[str, Any]:
-        """Learning rate, weight decay and step counter of a layer group."""
-        on_rate, on_decay = self._factors(multiplier)
-        # If the rate is a tensor, the product is a copy: the scheduler overwrites it in place.
-        own = {"lr": base["lr"] * on_rate}
-        if "weight_decay" in base:
-            own["weight_decay"] = base["weight_decay"] * on_decay
-        if isinstance(base.get("step"), torch.Tensor):
-            own["step"] = base["step"].clone()
-        return own
 
 
 def _copy_changed_settings(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_llr.matrices.layout import join_ranges
-from megatron_llr.param_groups.stepped_tensor import MatrixRanges, TensorMatrices
+from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
 from megatron_llr.param_groups.views import FusedTensor
 
 MULTIPLIER_ONE = 0
@@ -133,14 +133,14 @@ class StepPlan:
         self,
         groups: Sequence[dict[str, Any]],
         multipliers: Mapping[str, float],
-        settings: Callable[[dict[str, Any], float], dict[str, Any]],
+        factors: Factors,
     ) -> list[list[dict[str, Any]]]:
         """The layer groups that replace each group; a group without tensors is not replaced.
 
         Args:
             groups: the optimizer's own groups.
             multipliers: of the matrices.
-            settings: (group, multiplier) -> settings of a layer group that differ from the group's.
+            factors: factors on learning rate and weight decay for a multiplier.
         """
         filled = []
         for base, layer_groups in zip(groups, self._layer_groups, strict=True):
@@ -148,8 +148,14 @@ class StepPlan:
                 multiplier = 1.0
                 if layer.index != MULTIPLIER_ONE:
                     multiplier = multipliers[self._matrix_of[layer.index]]
-                layer.group.clear()
-                layer.group.update(base)
-                layer.group.update(settings(base, multiplier), params=layer.tensors)
+                on_rate, on_decay = factors(multiplier)
+                group = layer.group
+                group.clear()
+                # A product is a copy: the scheduler overwrites a rate that is a tensor in place.
+                group.update(base, lr=base["lr"] * on_rate, params=layer.tensors)
+                if "weight_decay" in base:
+                    group["weight_decay"] = base["weight_decay"] * on_decay
+                if isinstance(base.get("step"), torch.Tensor):
+                    group["step"] = base["step"].clone()
             filled.append([layer.group for layer in layer_groups] or [base])
         return filled
