@@ -18,11 +18,12 @@ import torch
 from megatron_llr.cpu.adam import GroupStepAdamW
 from megatron_llr.matrices.layout import flat_ranges, interleaved, stacked
 from megatron_llr.param_groups.inner_groups import InnerGroups
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor
 
 
-def parts_of(tensor: torch.Tensor, spans: dict[str, tuple[object, ...]], block: int) -> list[Part]:
+def parts_of(
+    tensor: torch.Tensor, spans: dict[str, tuple[object, ...]], block: int
+) -> list[MatrixRanges]:
     """The matrices of one fused tensor."""
     rows, columns = tensor.shape
     return [
@@ -44,7 +45,7 @@ def memory_of_views(groups: InnerGroups, apart: dict[str, float]) -> int:
 
 def share_of_rank(
     blocks: int, hidden: int, ffn: int, heads: int, device: str = "cpu"
-) -> tuple[list[torch.Tensor], dict[int, tuple[SteppedTensor, tuple[Part, ...]]]]:
+) -> tuple[list[torch.Tensor], dict[int, tuple[SteppedTensor, tuple[MatrixRanges, ...]]]]:
     """The tensors that a rank's optimizer steps, with gradients, and the matrices in each."""
     channels = hidden // heads
     shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
@@ -56,7 +57,7 @@ def share_of_rank(
         "fc1": stacked(("gate", "up"), 2 * ffn, 0),
     }
     tensors: list[torch.Tensor] = []
-    parts: dict[int, tuple[SteppedTensor, tuple[Part, ...]]] = {}
+    parts: dict[int, tuple[SteppedTensor, tuple[MatrixRanges, ...]]] = {}
     for block in range(blocks):
         for name, shape in shapes.items():
             tensor = torch.full(shape, 0.01, device=device)

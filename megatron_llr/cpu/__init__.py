@@ -1,1 +1,1 @@
-"""Where a job runs: the choice between CUDA and CPU, and the CPU substitutions."""
+"""Emulation of CUDA and of GPU-only layers, for Megatron's training loop on CPUs."""

@@ -1,4 +1,4 @@
-"""AdamW that counts its steps in the param group, as Transformer Engine's and apex's do."""
+"""AdamW with the step counter in the param group, as in Transformer Engine and apex."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,20 +7,20 @@ import torch
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) for the CPU route, with `step` kept in the param group.
+    """AdamW (arXiv 1711.05101) for the CPU route, with `step` in the param group.
 
-    The arithmetic is torch's `AdamW(foreach=False)`, term by term and in its order, so that the two
-    are bitwise equal. Keeping `step` in the group is what Megatron's distributed optimizer
-    expects of a fused Adam when it saves and loads.
+    Bitwise equal to torch's `AdamW(foreach=False)`: the same operations in the same order.
+    Megatron's distributed optimizer expects `step` in the group of a fused Adam when it saves and
+    loads.
 
     Args:
         params: tensors or param groups; any float dtype, any shape.
         lr: learning rate.
         bias_correction: divide the moments by 1 - beta ** step.
         betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        adam_w_mode: decoupled weight decay; the coupled form is not offered.
-        weight_decay: decay per step, times the learning rate.
+        eps: added to the square root of the second moment.
+        adam_w_mode: decoupled weight decay. Only True is supported.
+        weight_decay: weight decay per step, multiplied by the learning rate.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError(
-                "OptimizerConfig(decoupled_weight_decay=False) is not available on the CPU route; "
-                "leave it out"
+                "OptimizerConfig(decoupled_weight_decay=False) is not supported on the CPU route. "
+                "Remove it"
             )
         defaults = {
             "lr": lr,
@@ -53,7 +53,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient; count one step in every group."""
         if closure is not None:
             raise ValueError("closure is not supported")
-        # Nothing below names a device, so the CPU route's function mode has nothing to answer.
+        # The code below names no device, so the CPU route's function mode is not needed.
         with torch._C.DisableTorchFunction():
             for group in self.param_groups:
                 group["step"] = int(group.get("step", 0)) + 1

@@ -1,10 +1,10 @@
-"""Run Megatron's own training loop on a machine without a GPU.
+"""Runs Megatron's training loop on a machine without a GPU.
 
-Megatron-Core names CUDA in many places that need nothing of it. `enable` answers
-those places from the CPU so that the unchanged loop runs on gloo ranks. It is loaded by the
-CPU route alone (`--llr-device cpu`, or `auto` where no GPU is found) and must be called before
-megatron is first imported. It changes no number: what a test proves here is proved of Megatron's
-code, not of a copy. It is not a substitute for measuring on a GPU.
+Megatron-Core uses CUDA functions in many places that do not need a GPU. `enable` replaces these
+functions, so that the unchanged loop runs on gloo ranks. It is used only by the CPU route
+(`--llr-device cpu`, or `auto` without a GPU) and must be called before megatron is first imported.
+It does not change results, so tests on it test Megatron's code, not a copy. It says nothing about
+performance on a GPU.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from megatron_llr.cpu.adam import GroupStepAdamW
 
 CPU = torch.device("cpu")
 
-# What Tensor.type() would answer on a GPU. clip_grads, the mixed-precision wrapper and the
-# distributed optimizer of megatron-core 0.19 compare with these strings.
+# Results of Tensor.type() on a GPU. clip_grads, the mixed-precision wrapper and the distributed
+# optimizer of megatron-core 0.19 compare with these strings.
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
     torch.float16: "torch.cuda.HalfTensor",
 }
 
-_ANSWERED_HERE = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
+_REPLACED_METHODS = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
 
 _enabled = False
 
@@ -43,7 +43,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Answer every request for a CUDA tensor with a CPU tensor."""
+    """Creates a CPU tensor for every request for a CUDA tensor."""
 
     def __torch_function__(
         self,
@@ -52,8 +52,8 @@ class _CudaToCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # Every torch call passes here: the common ones must leave again at once.
-        if func in _ANSWERED_HERE:
+        # Every torch call is handled here, so the common ones must return early.
+        if func in _REPLACED_METHODS:
             if func is torch.Tensor.cuda:
                 return args[0]
             if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -70,7 +70,7 @@ class _CudaToCpu(TorchFunctionMode):
 
 
 class _InertStream:
-    """Stands for a CUDA stream, event or device context: everything runs in program order."""
+    """Replaces a CUDA stream, event or device context. Everything runs in program order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.device = CPU
@@ -82,15 +82,15 @@ class _InertStream:
         return lambda *args, **kwargs: None
 
     def query(self) -> bool:
-        """Whether all work is done: always."""
+        """Whether all work is complete: always true."""
         return True
 
     def record_event(self, *args: object) -> "_InertStream":
-        """An event that has happened."""
+        """A completed event."""
         return self
 
     def elapsed_time(self, other: object) -> float:
-        """Milliseconds between two events: not measured on CPU."""
+        """Milliseconds between two events, which is not measured on CPU: 0."""
         return 0.0
 
     def __enter__(self) -> "_InertStream":
@@ -104,14 +104,6 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _zero(*args: object, **kwargs: object) -> int:
-    return 0
-
-
-def _identity(module: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
-    return module
-
-
 def _get_cpu_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -121,7 +113,7 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> 
 
 
 def _seed_cpu(seed: int) -> None:
-    # A no-op here would make the tensor-parallel random streams of all ranks equal.
+    # Without it, the random streams of all tensor-parallel ranks would be equal.
     torch.default_generator.manual_seed(int(seed))
 
 
@@ -129,7 +121,7 @@ def _substitute_torch_cuda() -> None:
     inert_stream = _InertStream()
     substitutes: dict[str, Any] = {
         "is_available": lambda: True,
-        # 0 would make Megatron skip model-parallel initialisation.
+        # With 0, Megatron would skip model-parallel initialization.
         "device_count": lambda: max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         "current_device": lambda: CPU,
         "current_stream": lambda *a, **k: inert_stream,
@@ -168,15 +160,15 @@ def _substitute_torch_cuda() -> None:
         "memory_reserved",
         "max_memory_reserved",
     ):
-        substitutes[name] = _zero
+        substitutes[name] = lambda *a, **k: 0
     for name, substitute in substitutes.items():
         setattr(torch.cuda, name, substitute)
     torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
-    torch.nn.Module.cuda = _identity  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 def _substitute_torch() -> None:
-    # Dynamo tabulates torch's functions when it is first imported and refuses two names for one.
+    # At its first import, Dynamo builds a table of torch's functions and rejects duplicates.
     import torch._dynamo
 
     _CudaToCpu().__enter__()  # type: ignore[no-untyped-call]
@@ -187,8 +179,8 @@ def _substitute_torch() -> None:
 
     def loader_init(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs["pin_memory"] = False
-        # An iterator draws a seed for its workers. From the default generator, which here also
-        # drives dropout, that draw would come after a checkpoint's generator state is restored.
+        # An iterator draws a seed for its workers. With the default generator, which dropout also
+        # uses here, it would be drawn after a checkpoint's generator state is restored.
         kwargs.setdefault("generator", torch.Generator())
         original_loader_init(self, *args, **kwargs)
 
@@ -202,7 +194,7 @@ def _substitute_megatron() -> None:
     import megatron.training.training as training
 
     random_module: Any = tensor_parallel_random
-    # With one generator for both, the check for a CPU draw inside a GPU region always fires.
+    # With one generator for both, the check for a CPU draw in a GPU region always warns.
     logging.getLogger(tensor_parallel_random.__name__).setLevel(logging.ERROR)
     random_module._set_cuda_rng_state = _set_cpu_rng_state
     random_module._get_cuda_rng_state = _get_cpu_rng_state
@@ -210,17 +202,17 @@ def _substitute_megatron() -> None:
     warm_up = training.set_jit_fusion_options
 
     def set_jit_fusion_options(*args: Any, **kwargs: Any) -> None:
-        # Its warm-up draws random tensors whose size depends on the tensor-parallel size;
-        # on a GPU that generator is not the one which initialises the weights on CPU.
+        # Its warm-up draws random tensors whose size depends on the tensor-parallel size. On a GPU,
+        # their generator is not the one that initializes the weights on CPU.
         state = torch.get_rng_state()
         warm_up(*args, **kwargs)
         torch.set_rng_state(state)
 
     training.set_jit_fusion_options = set_jit_fusion_options
 
-    # With torch's AdamW plain Megatron cannot resume the distributed optimizer exactly: it shares
-    # one step tensor between all states. An AdamW that counts steps in its group, as Transformer
-    # Engine's and apex's do, takes the path that every cluster takes.
+    # With torch's AdamW, Megatron cannot resume the distributed optimizer exactly, since it shares
+    # one step tensor between all states. An AdamW with the step in the group, as in Transformer
+    # Engine and apex, uses the same code in Megatron as a GPU job.
     optimizer_module: Any = optimizer_package
     optimizer_module.Adam = GroupStepAdamW
     optimizer_module.USING_PYTORCH_OPTIMIZER = False
@@ -230,11 +222,11 @@ def _substitute_megatron() -> None:
     distrib_module.Adam = GroupStepAdamW
     _substitute_async_save()
 
-    # Each builds on what came before it.
-    from megatron_llr.cpu import collectives, layers
+    # In this order: each import depends on the substitutions before it.
+    from megatron_llr.cpu import collectives, local_layers
 
     collectives.substitute()
-    layers.substitute()
+    local_layers.substitute()
 
     from megatron_llr.cpu import hybrid
 
@@ -242,10 +234,10 @@ def _substitute_megatron() -> None:
 
 
 def _substitute_async_save() -> None:
-    """Fork a writer per save (--async-save), where a GPU job has one that it spawned at start.
+    """Fork one writer per save (--async-save). A GPU job spawns one persistent writer.
 
-    That one receives CPU tensors as shared memory, not as copies: it would write the weights
-    while the next updates change them. A fork has the weights as they were.
+    A persistent writer receives CPU tensors as shared memory, not as copies, and would write
+    weights that the next updates have changed. A forked writer has a copy of the weights.
     """
     import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
 
@@ -255,19 +247,19 @@ def _substitute_async_save() -> None:
 
 
 def enable() -> None:
-    """Make the substitutions of this module, once per process.
+    """Replace the CUDA functions, once per process.
 
     Raises:
-        RuntimeError: if megatron was imported before, since its modules have then already bound
-            the names that are replaced here.
+        RuntimeError: if megatron has been imported, since its modules have then already bound the
+            names that are replaced.
     """
     global _enabled
     if _enabled:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
-            "megatron_llr: the CPU runtime was enabled after megatron.core was imported; "
-            "import megatron_llr.cpu.emulation and call enable() first"
+            "megatron_llr: the CPU emulation was enabled after megatron.core was imported. "
+            "Call megatron_llr.cpu.emulation.enable() first"
         )
     _enabled = True
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

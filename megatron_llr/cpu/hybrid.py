@@ -1,7 +1,7 @@
-"""Megatron's hybrid models from its local layers: the only specs it has for them need a GPU.
+"""Megatron's hybrid models with its local layers. Megatron's own specs for them need a GPU.
 
-Imports megatron; loaded by `cpu/emulation.py`, after its other substitutions. Mamba layers need the
-package mamba-ssm all the same, which runs on GPUs.
+Imports megatron, so `cpu/emulation.py` imports it after its other substitutions. Mamba layers still
+need the package mamba-ssm, which runs only on GPUs.
 """
 
 from dataclasses import replace
@@ -46,18 +46,20 @@ _COLUMN, _ROW, _NORM = (
 
 
 def substitute() -> None:
-    """Make the local layers those of every hybrid model that names no spec of its own."""
+    """Make local layers the default of hybrid models. Layers without one are unchanged."""
     block: Any = hybrid_block
     models: Any = hybrid_models
     block.TENorm = _NORM
-    models.default_hybrid_stack_spec = _stack()
-
-
-def _stack() -> ModuleSpec:
-    """Megatron's own stack with local layers; those that have no local kin stay as they are."""
+    mamba_mixer = ModuleSpec(
+        module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=_COLUMN, out_proj=_ROW)
+    )
+    mamba = MambaLayerSubmodules(norm=_NORM, mixer=mamba_mixer, mamba_bda=get_bias_dropout_add)
+    # The layers inside come from the pattern of the model.
+    prediction_layer = get_mtp_layer_spec(None, use_transformer_engine=False)
+    prediction = MultiTokenPredictionBlockSubmodules(layer_specs=[prediction_layer])
     submodules = replace(
         hybrid_stack_spec.submodules,
-        mamba_layer=_mamba(),
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
         attention_layer=_mixer(
             SelfAttention,
             SelfAttentionSubmodules(
@@ -89,19 +91,10 @@ def _stack() -> ModuleSpec:
         moe_layer=_feed_forward(
             MoETransformerLayer, get_moe_module_spec(use_te=False, num_experts=8)
         ),
-        mtp_block_spec=_multi_token_prediction(),
+        mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=prediction),
     )
-    return ModuleSpec(module=hybrid_stack_spec.module, submodules=submodules)
-
-
-def _mamba() -> ModuleSpec:
-    mixer = ModuleSpec(
-        module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=_COLUMN, out_proj=_ROW)
-    )
-    return ModuleSpec(
-        module=MambaLayer,
-        submodules=MambaLayerSubmodules(norm=_NORM, mixer=mixer, mamba_bda=get_bias_dropout_add),
-    )
+    stack = ModuleSpec(module=hybrid_stack_spec.module, submodules=submodules)
+    models.default_hybrid_stack_spec = stack
 
 
 def _mixer(attention: type, submodules: Any) -> ModuleSpec:
@@ -125,13 +118,4 @@ def _feed_forward(layer: type, mlp: Any) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=_NORM, mlp=mlp, mlp_bda=get_bias_dropout_add
         ),
-    )
-
-
-def _multi_token_prediction() -> ModuleSpec:
-    # The layers inside come from the pattern.
-    layer = get_mtp_layer_spec(None, use_transformer_engine=False)
-    return ModuleSpec(
-        module=MultiTokenPredictionBlock,
-        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
     )

@@ -61,13 +61,8 @@ class Measurement:
     seconds: float
 
 
-def _row_of_record(record: SpectrumRecord) -> list[float]:
-    values = list(astuple(record))
-    values[-1] = _METHODS.index(record.method)
-    return [math.nan if value is None else float(value) for value in values]
-
-
 def _record_of_row(row: Sequence[float], estimator: str) -> SpectrumRecord:
+    """The record of a row that `_share_records` sends."""
     values: dict[str, Any] = dict(
         zip((field.name for field in fields(SpectrumRecord)), row, strict=True)
     )
@@ -301,8 +296,13 @@ class SpectrumEngine:
         return records
 
     def _share_records(self, records: dict[MatrixId, SpectrumRecord]) -> SpectrumTable:
+        """Records of all matrices on every rank, in one all-gather of one fp64 row per record."""
         owned = self._owned_by_rank
-        mine = [_row_of_record(records[matrix]) for matrix in owned[dist.get_rank()]]
+        mine = []
+        for matrix in owned[dist.get_rank()]:
+            values = list(astuple(records[matrix]))
+            values[-1] = _METHODS.index(records[matrix].method)
+            mine.append([math.nan if value is None else float(value) for value in values])
         rows = torch.tensor(mine, dtype=torch.float64, device=self._device).view(-1, _WIDTH)
         shared = all_gather_rows(rows, [len(matrices) for matrices in owned])
         table = {

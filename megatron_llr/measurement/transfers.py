@@ -191,24 +191,21 @@ def all_gather_in_batches(
     here, starts = dist.get_rank(), [0] * len(sizes)
     empty = torch.empty(0, dtype=torch.float64, device=device)
     while any(first < len(own) for first, own in zip(starts, sizes, strict=True)):
-        stops = [
-            _stop_within_limit(own, first, limit // (8 * len(sizes)))
-            for first, own in zip(starts, sizes, strict=True)
-        ]
+        stops = []
+        for first, own in zip(starts, sizes, strict=True):
+            # At least one vector of every rank, and as many as are within the limit.
+            stop, total = first, 0
+            while stop < len(own) and (
+                stop == first or total + own[stop] <= limit // (8 * len(sizes))
+            ):
+                total += own[stop]
+                stop += 1
+            stops.append(stop)
         taken = [own[a:b] for own, a, b in zip(sizes, starts, stops, strict=True)]
         rows = torch.cat([empty, *mine[starts[here] : stops[here]]]).unsqueeze(1)
         for rank, part in enumerate(all_gather_rows(rows, [sum(each) for each in taken])):
             yield rank, slice(starts[rank], stops[rank]), part.squeeze(1)
         starts = stops
-
-
-def _stop_within_limit(sizes: Sequence[int], first: int, limit: int) -> int:
-    """One past the last size from `first` whose sum is within a limit; at least one is taken."""
-    last, total = first, 0
-    while last < len(sizes) and (last == first or total + sizes[last] <= limit):
-        total += sizes[last]
-        last += 1
-    return last
 
 
 def all_gather_rows(

@@ -1,1 +1,1 @@
-"""Layer param groups: every logical matrix its own learning rate inside Megatron's optimizer."""
+"""Layer param groups: a learning rate per logical matrix inside Megatron's optimizer."""

@@ -1,7 +1,7 @@
-"""One Triton launch that steps many tensors by Adam, each matrix at its own learning rate.
+"""One Triton launch of Adam for many tensors, with a learning rate per matrix.
 
-Importing this module imports triton: import it only where a kernel is to run. With
-`TRITON_INTERPRET=1` set before the import the kernel runs on CPU tensors, for tests.
+This module imports triton: import it only to run the kernel. With `TRITON_INTERPRET=1` set before
+the import, the kernel runs on CPU tensors, for tests.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-# Measured on one H200 (302M fp32 elements, 168 matrices): 2.32 ms, where a copy of the same bytes
-# takes 2.10 ms. Chunks of 8,192 or 65,536 elements and blocks of 2,048 are not faster.
+# Measured on one H200 (302M fp32 elements, 168 matrices): 2.32 ms. A copy of the same number of
+# bytes takes 2.10 ms. Chunks of 8,192 or 65,536 elements and blocks of 2,048 are not faster.
 CHUNK = 16384
-"""Most elements that one program steps."""
+"""Maximum number of elements that one program steps."""
 _BLOCK = 1024
 _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _adam(  # type: ignore[no-untyped-def]
+def _step_kernel(  # type: ignore[no-untyped-def]
     parameters,  # [T] int64 addresses of fp32 weights
-    gradients,  # [T] int64 addresses, 0 where a tensor has no gradient
+    gradients,  # [T] int64 addresses, 0 if a tensor has no gradient
     first_moments,  # [T] int64 addresses of fp32 exp_avg
     second_moments,  # [T] int64 addresses of fp32 exp_avg_sq
     copies,  # [T] int64 addresses of bf16 weights, read if HAS_COPY
@@ -77,7 +77,7 @@ def _adam(  # type: ignore[no-untyped-def]
             if not DECOUPLED:
                 g += decay * p
             if TORCH_ORDER:
-                # torch/optim/adam.py: lerp, decay before the update, a root of the correction.
+                # torch/optim/adam.py: lerp, decay before the update, square root of the correction.
                 m += one_minus_beta1 * (g - m)
                 v = beta2 * v + one_minus_beta2 * g * g
                 if DECOUPLED:
@@ -102,7 +102,7 @@ def _adam(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Consecutive elements that one program steps, all of one tensor and one matrix.
+    """Chunks of consecutive elements of one tensor and one matrix, each stepped by one program.
 
     Attributes:
         tensor: [C] int32, column of the tables of addresses and bias corrections.
@@ -120,19 +120,19 @@ class Chunks:
     def of(
         cls, ranges: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], device: torch.device
     ) -> "Chunks":
-        """Cut ranges of tensors into chunks.
+        """Divide ranges of tensors into chunks.
 
         Args:
             ranges: (tensor, row, ranges as (first, one past last)).
-            device: where the tables are to be.
+            device: of the tables.
         """
-        cut = [
+        chunks = [
             (tensor, start, min(CHUNK, last - start), row)
-            for tensor, row, found in ranges
-            for first, last in found
+            for tensor, row, of_matrix in ranges
+            for first, last in of_matrix
             for start in range(first, last, CHUNK)
         ]
-        columns = torch.tensor(cut, dtype=torch.int64).view(-1, 4).unbind(1)
+        columns = torch.tensor(chunks, dtype=torch.int64).view(-1, 4).unbind(1)
         dtypes = (torch.int32, torch.int64, torch.int32, torch.int32)
         return cls(
             *(
@@ -144,16 +144,16 @@ class Chunks:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What the kernel computes.
+    """The computation of the kernel.
 
     Attributes:
         betas: decay rates of the moments.
         eps: added to the denominator.
-        decoupled: weight decay as in AdamW; else it is added to the gradient (L2).
-        torch_order: the order of operations of torch's Adam; else that of apex's and Transformer
-            Engine's FusedAdam.
-        bf16_gradient: gradients are bf16; else fp32.
-        has_copy: a bf16 copy of the weights is written too.
+        decoupled: weight decay as in AdamW. Otherwise it is added to the gradient (L2).
+        torch_order: the order of operations of torch's Adam. Otherwise that of apex's and
+            Transformer Engine's FusedAdam.
+        bf16_gradient: gradients are bf16. Otherwise fp32.
+        has_copy: a bf16 copy of the weights is also written.
     """
 
     betas: tuple[float, float]
@@ -164,7 +164,7 @@ class Formula:
     has_copy: bool = False
 
 
-def launch(
+def launch_adam(
     formula: Formula,
     chunks: Chunks,
     addresses: torch.Tensor,
@@ -175,7 +175,7 @@ def launch(
 
     Args:
         formula: for all chunks of this launch.
-        chunks: what is stepped.
+        chunks: the chunks to step.
         addresses: [5, T] int64: fp32 weights, gradients (0 for none), fp32 exp_avg, fp32
             exp_avg_sq, bf16 copies (0 for none).
         corrections: [2, T] fp32 bias corrections of the moments, 1 - beta ** step. In torch's order
@@ -186,7 +186,7 @@ def launch(
     if count == 0:
         return
     beta1, beta2 = formula.betas
-    _adam[(count,)](
+    _step_kernel[(count,)](
         *addresses.unbind(0),
         corrections,
         rates,
@@ -198,7 +198,8 @@ def launch(
         rates.shape[1],
         beta1,
         beta2,
-        # In fp64: 1 - beta in fp32 has an error of 1e-6 relative for beta2 0.95, more for 0.999.
+        # Computed in fp64. In fp32, 1 - beta2 has a relative error of 1e-6 for 0.95 and a larger
+        # one for 0.999.
         1 - beta1,
         1 - beta2,
         formula.eps,

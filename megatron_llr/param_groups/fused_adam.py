@@ -1,69 +1,65 @@
-"""The fused way of stepping: one kernel launch for all tensors of an Adam optimizer.
+"""Fused stepping: one kernel launch for all tensors of an Adam optimizer.
 
-Weights, moments and step counters are the optimizer's own, under its own names, so that a
-checkpoint does not depend on which way stepped them.
+Weights, moments and step counters are the optimizer's, under its own names, so a checkpoint does
+not depend on whether steps were fused.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_llr.config import flag
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.adam_layout import MASTER, MOMENTS
 from megatron_llr.param_groups.fused_support import (
     is_on_cuda,
+    is_readable_gradient,
     layouts_of,
     reason_unsupported,
     require_readable,
-    takes_gradient,
 )
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
+from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
 
 if TYPE_CHECKING:
     from megatron_llr.param_groups.adam_kernel import Chunks, Formula
 
 logger = logging.getLogger(__name__)
 
-Factors = Callable[[float], tuple[float, float]]
-"""Multiplier -> factors on the learning rate and on the weight decay."""
-Parts = Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]]
-"""Id of a stepped tensor -> the tensor and the matrices in it."""
-
-_NO_MATRIX = ""
-"""Stands for the elements that belong to no matrix; their multiplier is 1."""
+_NO_MATRIX = MatrixId("none")
+"""Matrix id of elements that belong to no matrix. Their multiplier is 1."""
 
 
-def fused_step(optimizer: torch.optim.Optimizer, parts: Parts, way: str) -> "FusedAdamStep | None":
-    """The fused way of an optimizer, or None where another way steps it.
+def fused_step(
+    optimizer: torch.optim.Optimizer, parts: Mapping[int, TensorMatrices], step: str
+) -> "FusedAdamStep | None":
+    """The fused step of an optimizer, or None if it is not used.
 
     Args:
         optimizer: the inner optimizer.
-        parts: the matrices in its tensors.
-        way: auto, fused or grouped.
+        parts: id of a stepped tensor -> the tensor and the matrices in it.
+        step: `--llr-step`: auto, fused or grouped.
 
     Raises:
-        ValueError: if `way` is fused and the optimizer has tensors that cannot be stepped so.
+        ValueError: if `step` is fused and the fused step does not support the optimizer.
     """
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    if way == "grouped" or not tensors:
+    if step == "grouped" or not tensors:
         return None
     name, reason = type(optimizer).__name__, reason_unsupported(optimizer)
     if reason is None:
         return FusedAdamStep(optimizer, parts)
-    if way == "fused":
-        raise user_error(
-            f"{flag('step')} fused cannot step {name}: {reason}",
-            got="fused",
-            allowed="an Adam optimizer with fp32 weights and moments on a CUDA device, and triton",
-            remedy=f"set {flag('step')} auto",
+    if step == "fused":
+        raise input_error(
+            f"{flag('step')} fused cannot step {name}: {reason}. It needs triton and an Adam "
+            "optimizer with fp32 weights and moments on a CUDA device. Otherwise, set "
+            f"{flag('step')} auto"
         )
     if any(map(is_on_cuda, tensors)):
-        logger.warning("megatron_llr: %s is stepped in param groups: %s", name, reason)
+        logger.warning("megatron_llr: %s is stepped in param groups, not fused: %s", name, reason)
     return None
 
 
@@ -71,26 +67,28 @@ class FusedAdamStep:
     """Steps all tensors of one inner optimizer, every matrix at its own learning rate.
 
     The tables of chunks are built once, and again when tensors, their memory, their matrices or the
-    dtype of their gradients change. A step uploads the addresses of gradients if any moved, and one
-    small table of rates and bias corrections. It does not wait for the device. Tensors with bf16
-    and fp32 gradients or weights, and param groups with other betas or eps, take a launch each.
+    dtype of their gradients change. A step uploads the addresses of gradients if any has changed,
+    and one small table of rates and bias corrections. It does not wait for the device. There is one
+    launch for each combination of betas, eps, and dtypes of gradients and weights.
 
     Args:
         optimizer: the inner optimizer.
-        parts: the matrices in its tensors.
+        parts: id of a stepped tensor -> the tensor and the matrices in it.
 
     Raises:
-        ValueError: if `reason_unsupported` has a reason.
+        ValueError: if `reason_unsupported` returns a reason.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parts: Parts) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parts: Mapping[int, TensorMatrices]
+    ) -> None:
         layouts = layouts_of(optimizer)
         if isinstance(layouts, str):
-            raise ValueError(f"the fused way cannot step {type(optimizer).__name__}: {layouts}")
+            raise ValueError(f"the fused step cannot step {type(optimizer).__name__}: {layouts}")
         self.optimizer = optimizer
         self._parts = parts
         self._layouts = layouts
-        # Counters are kept alike for all dtypes: they are of the optimizer, not of a tensor.
+        # Whether counters are per tensor or per group is the same for all dtypes of an optimizer.
         self._torch_order = next(iter(layouts.values())).counter is not None
         self._tensors: list[torch.Tensor] = []
         self._memory: list[int] = []
@@ -99,27 +97,28 @@ class FusedAdamStep:
         self._counters: list[Any] = []
         self._gradient_memory: list[int] = []
         self._launches: list[tuple[Formula, Chunks]] = []
-        self._multipliers: Mapping[str, float] | None = None
+        self._multipliers: Mapping[MatrixId, float] | None = None
         self._counts: torch.Tensor | None = None
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget_counts())
 
     def forget_counts(self) -> None:
-        """Read the step counters again before the next step, after any other way of stepping."""
+        """Read the step counters again before the next step, after a step that was not fused."""
         self._counts = None
 
     def takes_gradients(self) -> bool:
         """Whether all gradients are dense, contiguous, and fp32 or bf16."""
-        return all(map(takes_gradient, self._gradients(self._listed())))
+        return all(map(is_readable_gradient, self._gradients(self._listed())))
 
     @torch.no_grad()
-    def step(self, multipliers: Mapping[str, float], factors: Factors) -> None:
-        """Step every tensor that has a gradient; only if `takes_gradients`.
+    def step(self, multipliers: Mapping[MatrixId, float], factors: Factors) -> None:
+        """Step every tensor that has a gradient. Call only if `takes_gradients`.
 
         Args:
-            multipliers: matrix id -> multiplier, 1 where not named. Not changed between steps: new
-                multipliers are a new mapping.
-            factors: what a multiplier means.
+            multipliers: matrix id -> multiplier, default 1. New multipliers must be a new mapping.
+            factors: factors on learning rate and weight decay for a multiplier.
         """
+        from megatron_llr.param_groups.adam_kernel import launch_adam
+
         groups = self.optimizer.param_groups
         tensors = self._listed()
         gradients = self._gradients(tensors)
@@ -134,8 +133,12 @@ class FusedAdamStep:
             pairs = [factors(multipliers.get(matrix, 1.0)) for _, matrix in self._rows]
             self._row_factors = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t()
         self._count(groups, gradients, states)
-        self._upload(self._numbers(groups), self._table)
-        self._launch()
+        self._upload(self._corrections_and_rates(groups), self._table)
+        split = 2 * len(self._tensors)
+        corrections, rates = self._table[:split].view(2, -1), self._table[split:].view(2, -1)
+        with torch.cuda.device_of(self._table):
+            for formula, chunks in self._launches:
+                launch_adam(formula, chunks, self._addresses, corrections, rates)
 
     def _listed(self) -> list[torch.Tensor]:
         return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
@@ -150,16 +153,16 @@ class FusedAdamStep:
     def _states_of(
         self, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> list[dict[str, Any]]:
-        """The state of every tensor, created where the optimizer's own step would create it."""
-        known = self.optimizer.state
-        states = [known.get(tensor) or {} for tensor in tensors]
-        for number, (tensor, state) in enumerate(zip(tensors, states, strict=True)):
-            if state or (gradients[number] is None and tensor in known):
+        """The state of every tensor, created if the optimizer's own step would create it."""
+        existing = self.optimizer.state
+        states = [existing.get(tensor) or {} for tensor in tensors]
+        for index, (tensor, state) in enumerate(zip(tensors, states, strict=True)):
+            if state or (gradients[index] is None and tensor in existing):
                 continue
             layout = self._layouts[tensor.dtype]
-            keys = layout.without_gradient if gradients[number] is None else layout.keys
+            keys = layout.without_gradient if gradients[index] is None else layout.keys
             if keys is not None:
-                states[number] = known[tensor] = layout.new_state(tensor, keys)
+                states[index] = existing[tensor] = layout.new_state(tensor, keys)
         return states
 
     def _build_if_changed(
@@ -176,7 +179,7 @@ class FusedAdamStep:
             ]
         settings = [(len(g["params"]), tuple(g["betas"]), g["eps"]) for g in groups]
         same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        # A tensor that now and then has no gradient stays in the table of those it had.
+        # A tensor without a gradient in this step keeps the dtype of its previous gradient.
         before = self._dtypes if same else [torch.float32] * len(tensors)
         dtypes = [b if g is None else g.dtype for g, b in zip(gradients, before, strict=True)]
         now = (memory, dtypes, settings)
@@ -189,17 +192,15 @@ class FusedAdamStep:
         self._gradient_memory, self._multipliers, self._counts = [], None, None
         self._build(groups)
 
-    def _build(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def _build(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Build the tables of chunks, addresses and rates."""
         from megatron_llr.param_groups.adam_kernel import Chunks, Formula
 
-        group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
-        rows: dict[tuple[int, str], int] = {}
+        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+        rows: dict[tuple[int, MatrixId], int] = {}
         ranges: dict[Formula, list[tuple[int, int, Sequence[tuple[int, int]]]]] = {}
-        for number, (tensor, dtype) in enumerate(zip(self._tensors, self._dtypes, strict=True)):
-            group, layout = groups[group_of[number]], self._layouts[tensor.dtype]
+        for index, (tensor, dtype) in enumerate(zip(self._tensors, self._dtypes, strict=True)):
+            group, layout = groups[group_of[index]], self._layouts[tensor.dtype]
             formula = Formula(
                 betas=(float(group["betas"][0]), float(group["betas"][1])),
                 eps=float(group["eps"]),
@@ -209,11 +210,13 @@ class FusedAdamStep:
                 has_copy=layout.has_master,
             )
             _, parts = self._parts.get(id(tensor), (None, ()))
-            for matrix, found in _covering(parts, tensor.numel()):
-                row = rows.setdefault((group_of[number], matrix), len(rows))
-                ranges.setdefault(formula, []).append((number, row, found))
+            for matrix, of_matrix in _covering(parts, tensor.numel()):
+                row = rows.setdefault((group_of[index], matrix), len(rows))
+                ranges.setdefault(formula, []).append((index, row, of_matrix))
         device = self._tensors[0].device
-        self._launches = [(formula, Chunks.of(found, device)) for formula, found in ranges.items()]
+        self._launches = [
+            (formula, Chunks.of(chunks, device)) for formula, chunks in ranges.items()
+        ]
         self._rows = list(rows)
         self._group_of = torch.tensor(group_of)
         self._row_group = torch.tensor([group for group, _ in self._rows])
@@ -228,7 +231,7 @@ class FusedAdamStep:
                 torch.where(has_master, weights, 0),
             ]
         ).to(device)
-        # Bias corrections [2, tensors], then rates [2, rows]: one upload a step.
+        # Bias corrections [2, tensors], then rates [2, rows], in one tensor: one upload per step.
         self._table = torch.empty(2 * len(self._tensors) + 2 * len(self._rows), device=device)
 
     def _count(
@@ -237,9 +240,9 @@ class FusedAdamStep:
         gradients: Sequence[torch.Tensor | None],
         states: Sequence[dict[str, Any]],
     ) -> None:
-        """Advance the step counters as the optimizer does, and their copies on the host."""
+        """Increment the step counters as the optimizer does, and their copies on the CPU."""
         if not self._torch_order:
-            # apex and Transformer Engine: a group counts, also for tensors without gradients.
+            # apex and Transformer Engine count per group, also if a tensor has no gradient.
             for group in groups:
                 if group["params"]:
                     group["step"] = int(group.get("step", 0)) + 1
@@ -257,21 +260,21 @@ class FusedAdamStep:
         self._counts += torch.tensor(counted)
 
     def _read_counters(self, counters: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Step of every tensor, 0 where it has no state: [tensors], fp64, on the host."""
+        """Step of every tensor, 0 if it has no state: [tensors] fp64 on the CPU."""
         seen: set[int] = set()
         shared = 0
         for tensor, counter in zip(self._tensors, counters, strict=True):
             if counter is None:
                 continue
             if counter.data_ptr() in seen:
-                # Counting a shared one for each of its tensors would add several steps at once.
+                # A shared counter would be incremented once for each of its tensors.
                 self.optimizer.state[tensor]["step"] = counter = counter.clone()
                 shared += 1
             seen.add(counter.data_ptr())
         if shared:
             logger.warning(
-                "megatron_llr: %s shared one step counter between %d tensors and others; each has "
-                "its own from now on",
+                "megatron_llr: %s shared one step counter between %d tensors and others; each now "
+                "has its own",
                 type(self.optimizer).__name__,
                 shared,
             )
@@ -280,8 +283,8 @@ class FusedAdamStep:
         values = [none if c is None else c.to(device, torch.float64).view(()) for c in counters]
         return torch.stack(values).cpu()
 
-    def _numbers(self, groups: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """Bias corrections of all tensors, then rates and decays of all rows: fp32, on the host."""
+    def _corrections_and_rates(self, groups: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Bias corrections of all tensors, then rates and decays of all rows: fp32, on the CPU."""
         assert self._counts is not None
         settings = [
             (
@@ -305,24 +308,15 @@ class FusedAdamStep:
         return torch.cat([*corrections, *rates]).float()
 
     def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        # torch keeps pinned memory until the copies from it are done.
+        # torch reuses pinned memory only after the copies from it are complete.
         source = source.pin_memory() if is_on_cuda(target) else source
         target.copy_(source, non_blocking=True)
 
-    def _launch(self) -> None:
-        from megatron_llr.param_groups.adam_kernel import launch
 
-        split = 2 * len(self._tensors)
-        corrections, rates = self._table[:split].view(2, -1), self._table[split:].view(2, -1)
-        with torch.cuda.device_of(self._table):
-            for formula, chunks in self._launches:
-                launch(formula, chunks, self._addresses, corrections, rates)
-
-
-def _covering(parts: tuple[Part, ...], count: int) -> list[Part]:
-    """Parts that cover a tensor of `count` elements; what belongs to no matrix has `_NO_MATRIX`."""
+def _covering(parts: tuple[MatrixRanges, ...], count: int) -> list[MatrixRanges]:
+    """Ranges that cover a tensor of `count` elements. Those of no matrix have id `_NO_MATRIX`."""
     if len(parts) < 2:
-        # Rows that pad a vocabulary step with its matrix.
+        # Rows that pad a vocabulary are stepped with its matrix.
         return [(parts[0][0] if parts else _NO_MATRIX, ((0, count),))]
     gaps, position = [], 0
     for first, last in sorted(run for _, ranges in parts for run in ranges):

@@ -1,7 +1,7 @@
-"""Under which attribute an optimizer finds the gradient of a tensor.
+"""The attribute in which an optimizer expects the gradient of a tensor.
 
-torch's optimizers read `grad`. FusedAdam of Transformer Engine reads `decoupled_grad` where it was
-constructed with `use_decoupled_grad`: a gradient there may have another dtype than its tensor.
+torch's optimizers read `grad`. FusedAdam of Transformer Engine reads `decoupled_grad` if it was
+constructed with `use_decoupled_grad`. That gradient may have another dtype than its tensor.
 """
 
 from typing import Any
@@ -10,5 +10,5 @@ GRADIENTS = ("grad", "decoupled_grad")
 
 
 def gradient_name(optimizer: Any) -> str:
-    """The attribute that an optimizer reads."""
+    """The attribute that an optimizer reads gradients from."""
     return GRADIENTS[bool(getattr(optimizer, "use_decoupled_grad", False))]

@@ -1,9 +1,9 @@
-"""The grouped way of stepping: during a step the optimizer sees a param group per multiplier.
+"""Grouped stepping: during a step the optimizer has a param group per multiplier.
 
-Serves every element-wise optimizer. Groups and state are the optimizer's own again when the step
-ends, however it ends, so Megatron's checkpoints never see the layer groups. A tensor that holds
-several matrices is stepped as views; for optimizers that update its parts separately but step it
-whole (Muon) its rows are scaled instead (`row_scaling`).
+Works for every element-wise optimizer. The optimizer's own groups and state are restored when the
+step ends or fails, so Megatron's checkpoints never contain the layer groups. A tensor that holds
+several matrices is stepped as views. For optimizers that step only whole tensors but update the
+matrices in them separately (Muon), rows are scaled instead (`row_scaling`).
 """
 
 import contextlib
@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.probe import Stepping, stepping, takes_new_groups
 from megatron_llr.param_groups.row_scaling import RowScaling
 from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import FusedTensor, Part
+from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
+from megatron_llr.param_groups.views import FusedTensor
 
-# What a layer group sets for itself; everything else that a step changes goes back to the base.
+# Settings of a layer group. All others that a step changes are copied to the optimizer's group.
 _OWN_KEYS = frozenset({"params", "lr", "weight_decay"})
 
 Step = Callable[..., Any]
-"""The optimizer's own step without its hooks: (optimizer, *args, **kwargs)."""
+"""The optimizer's step without hooks: (optimizer, *args, **kwargs)."""
 
 
 class GroupedStep:
@@ -32,19 +33,19 @@ class GroupedStep:
     Args:
         optimizer: the inner optimizer.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
-        factors: multiplier -> factors on the learning rate and on the weight decay.
+        factors: factors on learning rate and weight decay for a multiplier.
 
     Attributes:
         takes: the views that the optimizer can step.
-        plan: the groups of the last step; kept while tensors and equal multipliers stay.
-        views: id of a stepped tensor -> its views, where it was stepped as such.
+        plan: the layer groups of the last step. Reused while tensors and classes are the same.
+        views: id of a stepped tensor -> its views, for tensors that were stepped as views.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
-        factors: Callable[[float], tuple[float, float]],
+        parts: Mapping[int, TensorMatrices],
+        factors: Factors,
     ) -> None:
         self.takes: Stepping = stepping(optimizer)
         self.plan: StepPlan | None = None
@@ -52,11 +53,11 @@ class GroupedStep:
         self._optimizer = optimizer
         self._parts = parts
         self._factors = factors
-        self._matrices = [matrix for _, found in parts.values() for matrix, _ in found]
+        self._matrices = [matrix for _, ranges in parts.values() for matrix, _ in ranges]
         self._row_scaling = RowScaling(optimizer, factors)
         self._group_by_group = self.takes == "whole" and not takes_new_groups(optimizer)
-        self._planned_for: Mapping[str, float] | None = None
-        self._classes: Mapping[str, int] = {}
+        self._planned_for: Mapping[MatrixId, float] | None = None
+        self._classes: Mapping[MatrixId, int] = {}
 
     def is_inseparable(self, tensor: torch.Tensor) -> bool:
         """Whether the matrices in a tensor must share one multiplier."""
@@ -67,72 +68,83 @@ class GroupedStep:
         return self._parts[id(tensor)][0].split and self._row_scaling.is_possible
 
     def step(
-        self, own_step: Step, multipliers: Mapping[str, float], *args: Any, **kwargs: Any
+        self, own_step: Step, multipliers: Mapping[MatrixId, float], *args: Any, **kwargs: Any
     ) -> Any:
-        """Call the optimizer's own step on the layer groups.
+        """Call the optimizer's step on the layer groups.
 
         Args:
             own_step: the step of the optimizer's class, without hooks.
-            multipliers: of the matrices; 1 where not named.
-            args: passed on.
-            kwargs: passed on.
+            multipliers: of the matrices. Default 1.
+            args: arguments of `own_step`.
+            kwargs: arguments of `own_step`.
         """
         with self._layer_groups(multipliers) as groups:
             if not self._group_by_group:
                 return own_step(self._optimizer, *args, **kwargs)
-            # Each stands in the place of the group that it is a part of, with empty others: the
-            # optimizer steps only as many groups as it was constructed with.
-            bases = [pieces[0] for pieces in groups]
-            for place, pieces in enumerate(groups):
-                for piece in pieces:
+            # The optimizer steps only as many groups as it was constructed with. Each layer group
+            # takes the place of the group that it replaces, and the other groups are empty.
+            bases = [layer_groups[0] for layer_groups in groups]
+            for place, layer_groups in enumerate(groups):
+                for layer_group in layer_groups:
                     self._optimizer.param_groups = [
-                        piece if number == place else {**base, "params": []}
-                        for number, base in enumerate(bases)
+                        layer_group if index == place else {**base, "params": []}
+                        for index, base in enumerate(bases)
                     ]
                     own_step(self._optimizer, *args, **kwargs)
             return None
 
     @contextlib.contextmanager
     def _layer_groups(
-        self, multipliers: Mapping[str, float]
+        self, multipliers: Mapping[MatrixId, float]
     ) -> Iterator[list[list[dict[str, Any]]]]:
-        """Inside, the optimizer has layer groups; afterwards its own, with what the step changed.
+        """Replace the optimizer's groups; on exit restore them, with the changes of the step.
 
-        Yields the layer groups that replace each of its own.
+        Yields the layer groups that replace each of its groups.
         """
         inner: Any = self._optimizer
         own_groups, own_state = inner.param_groups, inner.state
         plan = self._plan_for(own_groups, multipliers)
-        groups = plan.fill(own_groups, multipliers, self._settings)
+        groups = plan.fill(own_groups, multipliers, self._factors)
         try:
             for tensor, parts in plan.scaled:
                 self._scale_rows(tensor, parts, multipliers)
             for fused in plan.fused:
                 fused.slice_gradient()
             if plan.fused:
-                inner.state = _state_with_views(own_state, plan.fused)
-            inner.param_groups = [piece for pieces in groups for piece in pieces]
+                # The state of views instead of that of their tensors.
+                whole = {id(fused.tensor) for fused in plan.fused}
+                inner.state = defaultdict(dict)
+                inner.state.update((t, s) for t, s in own_state.items() if id(t) not in whole)
+                for fused in plan.fused:
+                    fused.lend_state(own_state.get(fused.tensor, {}), inner.state)
+            inner.param_groups = [group for layer_groups in groups for group in layer_groups]
             yield groups
-            _write_back(own_groups, groups)
+            _copy_changed_settings(own_groups, groups)
             if plan.fused:
-                _return_state(own_state, inner.state, plan)
+                for tensor, state in inner.state.items():
+                    if id(tensor) not in plan.views:
+                        own_state[tensor] = state
+                for fused in plan.fused:
+                    fused.return_state(own_state[fused.tensor], inner.state)
         finally:
             inner.param_groups, inner.state = own_groups, own_state
             for fused in plan.fused:
                 fused.release_gradient()
             self._row_scaling.clear()
 
-    def _plan_for(self, groups: list[dict[str, Any]], multipliers: Mapping[str, float]) -> StepPlan:
-        """The plan of the last step, if it still holds; else a new one."""
+    def _plan_for(
+        self, groups: list[dict[str, Any]], multipliers: Mapping[MatrixId, float]
+    ) -> StepPlan:
+        """The plan of the last step if it is still valid, otherwise a new one."""
         if self._planned_for is not multipliers:
             self._classes = equal_multipliers(dict.fromkeys(self._matrices), multipliers)
             self._planned_for = multipliers
         if self.plan is None or not self.plan.fits(groups, self._classes):
-            view = None if self.takes == "whole" else self._views_of
-            self.plan = StepPlan(groups, self._parts, self._classes, view)
+            make_views = None if self.takes == "whole" else self._views_of
+            self.plan = StepPlan(groups, self._parts, self._classes, make_views)
         return self.plan
 
-    def _views_of(self, tensor: torch.Tensor, parts: tuple[Part, ...]) -> FusedTensor:
+    def _views_of(self, tensor: torch.Tensor, parts: tuple[MatrixRanges, ...]) -> FusedTensor:
         views = self.views.get(id(tensor))
         if views is None or views.is_stale() or views.parts != parts:
             strided = self.takes == "strided"
@@ -140,7 +152,10 @@ class GroupedStep:
         return views
 
     def _scale_rows(
-        self, tensor: torch.Tensor, parts: tuple[Part, ...], multipliers: Mapping[str, float]
+        self,
+        tensor: torch.Tensor,
+        parts: tuple[MatrixRanges, ...],
+        multipliers: Mapping[MatrixId, float],
     ) -> None:
         if not self._can_scale_rows(tensor):
             raise RuntimeError(
@@ -150,44 +165,17 @@ class GroupedStep:
             )
         self._row_scaling.scale(tensor, parts, multipliers)
 
-    def _settings(self, base: dict[str, Any], multiplier: float) -> dict[str, Any]:
-        """What a layer group has of its own."""
-        on_rate, on_decay = self._factors(multiplier)
-        # A copy where the rate is a tensor: the scheduler overwrites that in place.
-        own = {"lr": base["lr"] * on_rate}
-        if "weight_decay" in base:
-            own["weight_decay"] = base["weight_decay"] * on_decay
-        if isinstance(base.get("step"), torch.Tensor):
-            own["step"] = base["step"].clone()
-        return own
 
-
-def _state_with_views(own: Mapping[Any, Any], viewed: list[FusedTensor]) -> dict[Any, Any]:
-    """The optimizer's state, with that of views in place of the tensors that they show."""
-    lent: dict[Any, Any] = defaultdict(dict)
-    whole = {id(fused.tensor) for fused in viewed}
-    lent.update((tensor, state) for tensor, state in own.items() if id(tensor) not in whole)
-    for fused in viewed:
-        fused.lend_state(own.get(fused.tensor, {}), lent)
-    return lent
-
-
-def _return_state(own: Any, lent: Mapping[Any, Any], plan: StepPlan) -> None:
-    for tensor, state in lent.items():
-        if id(tensor) not in plan.views:
-            own[tensor] = state
-    for fused in plan.fused:
-        fused.return_state(own[fused.tensor], lent)
-
-
-def _write_back(own_groups: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> None:
-    """Carry into the optimizer's groups what the step changed in the layer groups."""
-    for base, pieces in zip(own_groups, groups, strict=True):
-        piece = pieces[0]
-        if piece is base:
+def _copy_changed_settings(
+    own_groups: list[dict[str, Any]], groups: list[list[dict[str, Any]]]
+) -> None:
+    """Copy the settings that a step changed in the layer groups to the optimizer's groups."""
+    for base, layer_groups in zip(own_groups, groups, strict=True):
+        layer_group = layer_groups[0]
+        if layer_group is base:
             continue
-        for key in piece.keys() - _OWN_KEYS:
+        for key in layer_group.keys() - _OWN_KEYS:
             if isinstance(base.get(key), torch.Tensor):
-                base[key].copy_(piece[key])
+                base[key].copy_(layer_group[key])
             else:
-                base[key] = piece[key]
+                base[key] = layer_group[key]

@@ -1,6 +1,6 @@
-"""One inner optimizer whose matrices have learning rates of their own: which way steps it, when.
+"""Replaces the step of one inner optimizer by one with a learning rate per matrix.
 
-Three ways, chosen at every step: the optimizer's own step while all multipliers are 1, one fused
+Each step uses one of three ways: the optimizer's own step if all multipliers are 1, one fused
 launch (`fused_adam`), or param groups that exist only during the step (`grouped`).
 """
 
@@ -11,39 +11,38 @@ from typing import Any
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.fused_adam import fused_step
 from megatron_llr.param_groups.grouped import GroupedStep
 from megatron_llr.param_groups.probe import Stepping
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
+from megatron_llr.param_groups.stepped_tensor import TensorMatrices
 
 
 class InnerGroups:
     """The layer groups of one inner torch optimizer.
 
-    Replaces the `step` of this optimizer; its param groups and state stay as they are between
-    steps.
+    Replaces the `step` of this optimizer. Between steps its param groups and state are unchanged.
 
     Args:
         optimizer: the inner optimizer.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
-        decoupled_decay: whether a matrix decays as at multiplier 1.
-        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+        decoupled_decay: whether weight decay is independent of the multiplier.
+        on_decay: whether multipliers scale the weight decay instead of the learning rate.
         step: `--llr-step`: auto, fused or grouped.
 
     Attributes:
-        multipliers: of the next step; empty for the optimizer's own step.
-        grouped: the grouped way.
-        around_step: makes a context in which the optimizer steps, all its hooks included.
+        multipliers: for the next step. Empty: the optimizer's own step.
+        grouped: grouped stepping.
+        around_step: creates a context manager around the step and all its hooks.
 
     Raises:
-        ValueError: if `step` is fused and the optimizer cannot be stepped so.
+        ValueError: if `step` is fused and the fused step does not support the optimizer.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
+        parts: Mapping[int, TensorMatrices],
         *,
         decoupled_decay: bool,
         on_decay: bool = False,
@@ -51,8 +50,8 @@ class InnerGroups:
     ) -> None:
         self.optimizer = optimizer
         self.parts = parts
-        self.matrices = list(dict.fromkeys(m for _, found in parts.values() for m, _ in found))
-        self.multipliers: Mapping[str, float] = {}
+        self.matrices = list(dict.fromkeys(m for _, ranges in parts.values() for m, _ in ranges))
+        self.multipliers: Mapping[MatrixId, float] = {}
         self.around_step: Callable[[], AbstractContextManager[None]] | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
@@ -72,7 +71,7 @@ class InnerGroups:
 
     @property
     def base_rates(self) -> list[tuple[Any, list[torch.Tensor]]]:
-        """Base learning rates that the last step used, each with the tensors that it was for."""
+        """Base learning rates of the last step, each with the tensors of its param group."""
         return self._rates
 
     def _replace_step(self) -> None:
@@ -82,11 +81,11 @@ class InnerGroups:
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
             if self.around_step is None:
                 return self._step(own_step, *args, **kwargs)
-            # Around all hooks, since other post-hooks may copy weights back.
+            # Outside all hooks, since post-hooks may copy weights back.
             with self.around_step():
                 return self._step(own_step, *args, **kwargs)
 
-        # Bound, as torch's schedulers of learning rates expect of a step that they wrap.
+        # A bound method, as torch's learning rate schedulers expect of a step that they wrap.
         if hasattr(own_step, "_wrapped_by_lr_sched"):
             step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         inner.step = MethodType(step, inner)
@@ -96,38 +95,38 @@ class InnerGroups:
             if self._fused is not None:
                 self._fused.forget_counts()
             return own_step(*args, **kwargs)
-        # The optimizer's hooks, and its entry in a profile, around whatever way steps it: they
-        # see its own groups.
+        # The optimizer's hooks and profiler record are outside the layer groups, so they see its
+        # own groups.
         result = torch.optim.Optimizer.profile_hook_step(self._step_layer_groups)(
             self.optimizer, *args, **kwargs
         )
-        # A scheduler that wrapped the step before this class notes a call in its wrapper only.
+        # A scheduler that wrapped the step earlier sets this only in its wrapper.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return result
 
     def _step_layer_groups(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        # A rate that is a tensor is overwritten in place by the scheduler.
+        # A copy, since the scheduler overwrites a rate that is a tensor in place.
         self._rates = [(group["lr"] * 1.0, group["params"]) for group in inner.param_groups]
         if self._fused is not None:
-            if self._takes_fused(args, kwargs):
+            if self._can_step_fused(args, kwargs):
                 self._fused.step(self.multipliers, self._factors)
                 return None
             self._fused.forget_counts()
         step = type(inner).step
-        bare = step.__wrapped__ if getattr(step, "hooked", False) else step
-        return self.grouped.step(bare, self.multipliers, *args, **kwargs)
+        without_hooks = step.__wrapped__ if getattr(step, "hooked", False) else step
+        return self.grouped.step(without_hooks, self.multipliers, *args, **kwargs)
 
-    def _takes_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the fused way takes this step; multiplier 1 everywhere takes the optimizer's own.
+    def _can_step_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the fused step supports the gradients and arguments of this step.
 
-        A closure, and a gradient scaler that leaves unscaling to the optimizer, are for the
-        optimizer's own step too.
+        False with a closure, with a gradient scaler that leaves unscaling to the optimizer, and if
+        all multipliers are 1, so that the result is exactly that of the optimizer's own step.
         """
         assert self._fused is not None
-        given = (*args, *kwargs.values())
+        arguments = (*args, *kwargs.values())
         scaler = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         return (
-            all(value is None for value in (*given, *scaler))
+            all(value is None for value in (*arguments, *scaler))
             and any(multiplier != 1.0 for multiplier in self.multipliers.values())
             and self._fused.takes_gradients()
         )

@@ -5,14 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import flat_ranges
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.param_groups.inner_groups import InnerGroups
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
-
-Stepped = tuple[SteppedTensor, tuple[Part, ...]]
-"""A tensor that an optimizer steps, and the matrices in it."""
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor, TensorMatrices
 
 
 class LayerGroups:
@@ -21,8 +18,8 @@ class LayerGroups:
     Args:
         optimizers: every inner optimizer of this rank with the tensors that it steps.
         shards: catalog of this rank.
-        decoupled_decay: whether a matrix decays as at multiplier 1.
-        on_decay: whether the multipliers are factors on the weight decay, not on the rate.
+        decoupled_decay: whether weight decay is independent of the multiplier.
+        on_decay: whether multipliers scale the weight decay instead of the learning rate.
         step: `--llr-step`: auto, fused or grouped.
     """
 
@@ -40,7 +37,7 @@ class LayerGroups:
         self._inner: list[InnerGroups] = []
         for optimizer, stepped in optimizers:
             parts = {
-                id(each.tensor): (each, _parts(each, by_parameter[id(each.parameter)]))
+                id(each.tensor): (each, _matrices_in(each, by_parameter[id(each.parameter)]))
                 for each in stepped
                 if id(each.parameter) in by_parameter
             }
@@ -51,25 +48,25 @@ class LayerGroups:
             )
 
     @property
-    def matrices(self) -> list[str]:
-        """Those of which this rank's optimizers step a part."""
+    def matrices(self) -> list[MatrixId]:
+        """Matrices of which this rank's optimizers step at least a part."""
         return [matrix for inner in self._inner for matrix in inner.matrices]
 
     @property
-    def inseparable(self) -> dict[str, str]:
-        """Matrix that must share its parameter's multiplier -> the optimizer that demands it."""
+    def inseparable(self) -> dict[MatrixId, str]:
+        """Matrix that must share its parameter's multiplier -> class of the optimizer."""
         return {
             matrix: type(inner.optimizer).__name__
             for inner in self._inner
-            for master, parts in inner.parts.values()
-            if inner.is_inseparable(master.tensor)
+            for stepped, parts in inner.parts.values()
+            if inner.is_inseparable(stepped.tensor)
             for matrix, _ in parts
         }
 
     def base_settings(self, matrix: str) -> tuple[float, float] | None:
         """Base learning rate and weight decay of a matrix; None if this rank does not step it.
 
-        The rate is that of the last step, or of the next where none was made.
+        The rate is that of the last step, or of the next if there was none.
         """
         for inner in self._inner:
             rates = {id(t): float(rate) for rate, tensors in inner.base_rates for t in tensors}
@@ -85,23 +82,25 @@ class LayerGroups:
                         return rate, float(group.get("weight_decay", 0.0))
         return None
 
-    def set_multipliers(self, multipliers: Mapping[str, float]) -> None:
-        """Multipliers for the next update; a matrix that is not named has 1."""
+    def set_multipliers(self, multipliers: Mapping[MatrixId, float]) -> None:
+        """Set the multipliers for the next update. Default 1."""
         for inner in self._inner:
             inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
 
-    def parts_in(self, shards: Sequence[MatrixShard]) -> list[tuple[InnerGroups, list[Stepped]]]:
-        """Every inner optimizer, and the parts of matrices in the tensors that it steps.
+    def parts_in(
+        self, shards: Sequence[MatrixShard]
+    ) -> list[tuple[InnerGroups, list[TensorMatrices]]]:
+        """Every inner optimizer, and the ranges of matrices in the tensors that it steps.
 
         Args:
-            shards: catalog of this rank; rows that it leaves out (padding) are in no part.
+            shards: catalog of this rank. Rows that it omits (padding) are in no range.
         """
         by_parameter = _by_parameter(shards)
         return [
             (
                 inner,
                 [
-                    (stepped, _parts(stepped, by_parameter[id(stepped.parameter)]))
+                    (stepped, _matrices_in(stepped, by_parameter[id(stepped.parameter)]))
                     for stepped, _ in inner.parts.values()
                 ],
             )
@@ -110,18 +109,18 @@ class LayerGroups:
 
 
 def _by_parameter(shards: Sequence[MatrixShard]) -> dict[int, list[MatrixShard]]:
-    found: dict[int, list[MatrixShard]] = defaultdict(list)
+    by_parameter: dict[int, list[MatrixShard]] = defaultdict(list)
     for shard in shards:
-        found[id(shard.parameter)].append(shard)
-    return found
+        by_parameter[id(shard.parameter)].append(shard)
+    return by_parameter
 
 
-def _parts(master: SteppedTensor, shards: Sequence[MatrixShard]) -> tuple[Part, ...]:
-    """The matrices of one parameter inside the slice of it that an optimizer steps."""
-    columns = master.parameter.shape[1]
-    found = [
-        (shard.matrix, flat_ranges(shard.placement.spans, columns, master.start, master.stop))
+def _matrices_in(stepped: SteppedTensor, shards: Sequence[MatrixShard]) -> tuple[MatrixRanges, ...]:
+    """The matrices of one parameter in the slice of it that an optimizer steps."""
+    columns = stepped.parameter.shape[1]
+    parts = [
+        (shard.matrix, flat_ranges(shard.placement.spans, columns, stepped.start, stepped.stop))
         for shard in shards
     ]
-    # A slice of a vocabulary's padding alone holds no element of a matrix, but steps with it.
-    return tuple(found) if len(found) == 1 else tuple(part for part in found if part[1])
+    # A slice with only padding of a vocabulary has no element of the matrix but is stepped with it.
+    return tuple(parts) if len(parts) == 1 else tuple(part for part in parts if part[1])

@@ -1,27 +1,24 @@
-"""Different rates inside one tensor, for optimizers that update its parts apart but step it whole.
+"""Different rates in one tensor, for optimizers that update its matrices separately (Muon).
 
-Muon orthogonalises q, k and v of a fused weight each by itself, if asked to, and then steps the
-tensor with one learning rate. Between the two it calls `pre_weight_update_fn_inplace`
-(OrthogonalizedOptimizer of emerging-optimizers), and there the update of every part is scaled. A
-part decays as a parameter of its own would: the optimizer's weight decay is applied to it with its
-own factors.
+Muon can orthogonalize q, k and v of a fused weight separately, and then steps the tensor with one
+learning rate. Before that step it calls `pre_weight_update_fn_inplace` (OrthogonalizedOptimizer of
+emerging-optimizers), in which the update of every matrix is scaled. The optimizer's weight decay is
+also applied to each matrix separately, with the factors of its multiplier.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_llr.param_groups.views import Part
-
-Factors = Callable[[float], tuple[float, float]]
-"""Multiplier -> factors on the learning rate and on the weight decay."""
+from megatron_llr.matrices.ids import MatrixId
+from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """A run of rows of a tensor, with the factors of its matrix."""
+class _RowFactors:
+    """A run of rows of a tensor, and the factors of its matrix."""
 
     first: int
     last: int
@@ -30,51 +27,57 @@ class _Rows:
 
 
 class RowScaling:
-    """Scales the updates of parts while an optimizer steps; does nothing to other tensors.
+    """Scales the updates of rows of selected tensors while an optimizer steps.
 
     Args:
-        optimizer: the inner optimizer; two of its methods get a wrapper on this instance.
-        factors: what a multiplier means.
+        optimizer: the inner optimizer. Two methods of this instance are wrapped.
+        factors: factors on learning rate and weight decay for a multiplier.
     """
 
     def __init__(self, optimizer: Any, factors: Factors) -> None:
         self._optimizer = optimizer
         self._factors = factors
-        self._rows: dict[int, list[_Rows]] = {}
+        self._rows: dict[int, list[_RowFactors]] = {}
         self._installed = False
 
     @property
     def is_possible(self) -> bool:
-        """Whether the optimizer has the two methods between which updates are scaled."""
+        """Whether the optimizer has the two methods that are wrapped."""
         return all(
             callable(getattr(self._optimizer, method, None))
             for method in ("pre_weight_update_fn_inplace", "_apply_weight_decay_inplace")
         )
 
     def scale(
-        self, tensor: torch.Tensor, parts: tuple[Part, ...], multipliers: Mapping[str, float]
+        self,
+        tensor: torch.Tensor,
+        parts: tuple[MatrixRanges, ...],
+        multipliers: Mapping[MatrixId, float],
     ) -> None:
-        """Give the parts of a tensor their multipliers until `clear`.
+        """Scale the matrices in a tensor by their multipliers until `clear`.
 
         Args:
-            tensor: [rows, columns], as it stands in the optimizer's groups.
-            parts: the matrices in it; their ranges are whole rows.
-            multipliers: of each of them; 1 where not named.
+            tensor: [rows, columns], tensor in the optimizer's groups.
+            parts: the matrices in it. Their ranges are whole rows.
+            multipliers: of the matrices. Default 1.
         """
         if not self._installed:
             self._install()
         columns = tensor.shape[1]
         self._rows[id(tensor)] = [
-            _Rows(first // columns, last // columns, *self._factors(multipliers.get(matrix, 1.0)))
+            _RowFactors(
+                first // columns, last // columns, *self._factors(multipliers.get(matrix, 1.0))
+            )
             for matrix, ranges in parts
             for first, last in ranges
         ]
 
     def clear(self) -> None:
-        """Forget all multipliers."""
+        """Stop scaling."""
         self._rows.clear()
 
     def _install(self) -> None:
+        """Wrap the optimizer's methods."""
         self._installed = True
         decay = self._optimizer._apply_weight_decay_inplace
         before_update = self._optimizer.pre_weight_update_fn_inplace
@@ -87,9 +90,9 @@ class RowScaling:
                 decay(tensor, gradient, rate, weight_decay)
                 return
             for run in rows:
-                part = slice(run.first, run.last)
-                factors = rate * run.on_rate, weight_decay * run.on_decay
-                decay(tensor[part], gradient[part], *factors)
+                row_slice = slice(run.first, run.last)
+                scaled = rate * run.on_rate, weight_decay * run.on_decay
+                decay(tensor[row_slice], gradient[row_slice], *scaled)
 
         def before_weight_update(tensor: torch.Tensor, update: torch.Tensor) -> None:
             before_update(tensor, update)

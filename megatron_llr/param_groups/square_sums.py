@@ -1,4 +1,4 @@
-"""Sums of squares per matrix: of the tensors that optimizers step, or of what a step changed."""
+"""Sums of squares per matrix: of the tensors that optimizers step, or of their changes."""
 
 import os
 from collections import defaultdict
@@ -9,27 +9,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.fused_support import is_on_cuda
-from megatron_llr.param_groups.views import Part, Window, windows
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges
+from megatron_llr.param_groups.views import windows
 
 if TYPE_CHECKING:
     from megatron_llr.param_groups.squares_kernel import SquareTable
 
-Kind = tuple[torch.device, torch.dtype]
-"""Device and dtype of the tensors that share a table of chunks."""
+TableKey = tuple[torch.device, torch.dtype]
+"""Device and dtype of the tensors in one table of chunks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Tensors as they were.
+    """Copies of tensors at one time.
 
     Attributes:
-        kinds: of all tensors when it was taken.
+        keys: table key of every tensor at that time; None for tensors in no table.
         packed: one copy per table of chunks.
-        copies: the tensors that no table has, flattened.
+        copies: the tensors in no table, flattened.
     """
 
-    kinds: list[Kind | None]
+    keys: list[TableKey | None]
     packed: list[torch.Tensor]
     copies: list[torch.Tensor]
 
@@ -37,43 +39,44 @@ class Snapshot:
 class SquareSums:
     """Sums of squares of the elements of every matrix in some tensors.
 
-    On CUDA the ranges of all matrices are in one table of chunks per dtype, and a sum takes two
-    launches per table. Tables are built at the first use, and again when a tensor has other memory.
-    Elsewhere, and for tensors that the kernel cannot read, a norm per window of a matrix.
+    On CUDA there is one table of chunks per dtype, with the ranges of all matrices, and a sum needs
+    two launches per table. Tables are built at the first use, and again when the memory of a tensor
+    was replaced. On other devices, and for tensors that the kernel cannot read, one norm is
+    computed per window of a matrix.
 
     Args:
         parts: tensors and the matrices in each.
-        rows: matrix id -> its place in the results.
-        batched: False for a norm per window on CUDA too.
+        rows: matrix id -> index in the results.
+        batched: False for one norm per window on CUDA too.
     """
 
     def __init__(
         self,
-        parts: Sequence[tuple[torch.Tensor, tuple[Part, ...]]],
-        rows: Mapping[str, int],
+        parts: Sequence[tuple[torch.Tensor, tuple[MatrixRanges, ...]]],
+        rows: Mapping[MatrixId, int],
         *,
         batched: bool = True,
     ) -> None:
         self._parts = list(parts)
-        self._windows = [[windows(r, strided=True) for _, r in found] for _, found in parts]
+        self._windows = [[windows(r, strided=True) for _, r in ranges] for _, ranges in parts]
         self._rows = rows
         self._batched = batched
         self._memory: list[int] | None = None
-        self._kinds: list[Kind | None] = []
+        self._keys: list[TableKey | None] = []
         self._tables: list[SquareTable] = []
 
     @torch.no_grad()
     def of_tensors(self, device: torch.device) -> torch.Tensor:
-        """Sum of squares per matrix, now: [rows] fp64 on `device`."""
+        """Current sum of squares per matrix: [rows] fp64 on `device`."""
         self._build_if_changed()
-        return self._joined([table.sums() for table in self._tables], self._flat(), device)
+        return self._total([table.sums() for table in self._tables], self._flat(), device)
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
         """A copy of the tensors, for `of_changes`."""
         self._build_if_changed()
         packed = [table.snapshot() for table in self._tables]
-        return Snapshot(self._kinds, packed, [flat.clone() for flat in self._flat()])
+        return Snapshot(self._keys, packed, [flat.clone() for flat in self._flat()])
 
     @torch.no_grad()
     def of_changes(self, since: Snapshot, device: torch.device) -> torch.Tensor | None:
@@ -81,28 +84,28 @@ class SquareSums:
 
         Args:
             since: overwritten.
-            device: where the result is to be.
+            device: of the result.
 
         Returns:
-            None if a tensor has since moved to another device.
+            None if a tensor has been moved to another device since.
         """
         self._build_if_changed()
-        if self._kinds != since.kinds:
+        if self._keys != since.keys:
             return None
         sums = [table.sums(old) for table, old in zip(self._tables, since.packed, strict=True)]
         moved = [old.sub_(now) for old, now in zip(since.copies, self._flat(), strict=True)]
-        return self._joined(sums, moved, device)
+        return self._total(sums, moved, device)
 
     def _flat(self) -> list[torch.Tensor]:
-        """The tensors that no table has."""
-        pairs = zip(self._parts, self._kinds, strict=True)
-        return [tensor.detach().view(-1) for (tensor, _), kind in pairs if kind is None]
+        """The tensors in no table, flattened."""
+        pairs = zip(self._parts, self._keys, strict=True)
+        return [tensor.detach().view(-1) for (tensor, _), key in pairs if key is None]
 
-    def _joined(
+    def _total(
         self, sums: Sequence[torch.Tensor], flat: Sequence[torch.Tensor], device: torch.device
     ) -> torch.Tensor:
         if flat:
-            sums = [*sums, self._by_windows(flat)]
+            sums = [*sums, self._window_sums(flat)]
         if not sums:
             return torch.zeros(len(self._rows), dtype=torch.float64, device=device)
         total, *others = (each.to(device, non_blocking=True) for each in sums)
@@ -110,33 +113,58 @@ class SquareSums:
             total += other
         return total
 
-    def _by_windows(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Of the tensors that no table has: [rows] fp64, on the CPU; one copy per device."""
-        every = zip(self._parts, self._windows, self._kinds, strict=True)
-        chosen = [(parts, shown) for (_, parts), shown, kind in every if kind is None]
-        cells: dict[torch.device, list[int]] = defaultdict(list)
+    def _window_sums(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums of the tensors in no table: [rows] fp64 on the CPU, with one copy per device."""
+        every = zip(self._parts, self._windows, self._keys, strict=True)
+        in_no_table = [(parts, spans) for (_, parts), spans, key in every if key is None]
+        rows: dict[torch.device, list[int]] = defaultdict(list)
         squares: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-        for tensor, (parts, shown) in zip(flat, chosen, strict=True):
-            for (matrix, _), of_matrix in zip(parts, shown, strict=True):
-                cells[tensor.device].append(self._rows[matrix])
-                squares[tensor.device].append(_square_sum(tensor, of_matrix))
+        for tensor, (parts, spans) in zip(flat, in_no_table, strict=True):
+            for (matrix, _), of_matrix in zip(parts, spans, strict=True):
+                norms: list[torch.Tensor] = [
+                    torch.linalg.vector_norm(window.of(tensor), dtype=torch.float64)
+                    for window in of_matrix
+                ]
+                if len(norms) == 1:
+                    square = norms[0].square()
+                elif norms:
+                    square = torch.stack(norms).square().sum()
+                else:
+                    # A slice with only padding of a vocabulary has no element of its matrix.
+                    square = tensor.new_zeros((), dtype=torch.float64)
+                rows[tensor.device].append(self._rows[matrix])
+                squares[tensor.device].append(square)
         sums = torch.zeros(len(self._rows), dtype=torch.float64)
-        for place, rows in cells.items():
-            values = torch.stack(squares[place]).cpu()
-            sums.index_put_((torch.tensor(rows),), values, accumulate=True)
+        for device, indices in rows.items():
+            values = torch.stack(squares[device]).cpu()
+            sums.index_put_((torch.tensor(indices),), values, accumulate=True)
         return sums
 
     def _build_if_changed(self) -> None:
+        """Build the tables again if the memory of a tensor was replaced."""
         memory = [tensor.data_ptr() for tensor, _ in self._parts]
         if memory == self._memory:
             return
         self._memory = memory
-        self._kinds = [self._kind_of(tensor) for tensor, _ in self._parts]
-        self._tables = [self._table_of(kind) for kind in dict.fromkeys(self._kinds) if kind]
+        self._keys = [self._key_of(tensor) for tensor, _ in self._parts]
+        self._tables = []
+        for key in dict.fromkeys(self._keys):
+            if key is None:
+                continue
+            from megatron_llr.param_groups.squares_kernel import SquareTable
 
-    def _kind_of(self, tensor: torch.Tensor) -> Kind | None:
-        """None for a tensor that the kernel cannot read."""
-        # A subclass (quantized, distributed) may keep its elements in another form.
+            in_table = [p for p, other in zip(self._parts, self._keys, strict=True) if other == key]
+            ranges = [
+                (index, self._rows[matrix], of_matrix)
+                for index, (_, parts) in enumerate(in_table)
+                for matrix, of_matrix in parts
+            ]
+            tensors = [tensor.detach() for tensor, _ in in_table]
+            self._tables.append(SquareTable.of(tensors, ranges, len(self._rows)))
+
+    def _key_of(self, tensor: torch.Tensor) -> TableKey | None:
+        """Table key of a tensor; None if the kernel cannot read it."""
+        # A subclass (quantized, distributed) may store its elements in another form.
         readable = (
             self._batched
             and type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -146,25 +174,3 @@ class SquareSums:
             and find_spec("triton") is not None
         )
         return (tensor.device, tensor.dtype) if readable else None
-
-    def _table_of(self, kind: Kind) -> "SquareTable":
-        from megatron_llr.param_groups.squares_kernel import SquareTable
-
-        chosen = [p for p, other in zip(self._parts, self._kinds, strict=True) if other == kind]
-        ranges = [
-            (number, self._rows[matrix], found)
-            for number, (_, parts) in enumerate(chosen)
-            for matrix, found in parts
-        ]
-        return SquareTable.of([tensor.detach() for tensor, _ in chosen], ranges, len(self._rows))
-
-
-def _square_sum(flat: torch.Tensor, shown: Sequence[Window]) -> torch.Tensor:
-    """Sum of squares in windows of a flattened tensor: fp64, no dimensions, on its device."""
-    norms: list[torch.Tensor] = [
-        torch.linalg.vector_norm(window.of(flat), dtype=torch.float64) for window in shown
-    ]
-    if len(norms) == 1:
-        return norms[0].square()
-    # Nothing of a matrix may lie here: a slice of a vocabulary's padding alone.
-    return torch.stack(norms).square().sum() if norms else flat.new_zeros((), dtype=torch.float64)

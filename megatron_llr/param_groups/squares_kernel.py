@@ -1,10 +1,10 @@
 """Sums of squares over the ranges of many matrices in two Triton launches, without atomics.
 
-Importing this module imports triton: import it only where a kernel is to run. With
-`TRITON_INTERPRET=1` set before the import the kernels run on CPU tensors, for tests.
+This module imports triton: import it only to run the kernels. With `TRITON_INTERPRET=1` set before
+the import, the kernels run on CPU tensors, for tests.
 
-Elements are squared and added in fp64, in an order that depends only on the table: the result is
-the same bit for bit in every run, and within 1e-12 relative of the exact sum.
+Elements are squared and added in fp64, in an order that depends only on the table. The result is
+bitwise reproducible, and within 1e-12 relative of the exact sum.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from megatron_llr.param_groups.adam_kernel import Chunks
 
 _BLOCK = 1024
 _WARPS = 4
-_SUMMED = 256
+_SUM_BLOCK = 256
 """Partial sums that one program of the second launch adds at a time."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _square(  # type: ignore[no-untyped-def]
+def _square_kernel(  # type: ignore[no-untyped-def]
     addresses,  # [C] int64
     lengths,  # [C] int32
     positions,  # [C] int64, read if CHANGES
@@ -55,7 +55,7 @@ def _square(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add(  # type: ignore[no-untyped-def]
+def _sum_kernel(  # type: ignore[no-untyped-def]
     partials,  # [C] fp64
     offsets,  # [R + 1] int64, first chunk of every row
     sums,  # [R] fp64, written
@@ -72,7 +72,7 @@ def _add(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(  # type: ignore[no-untyped-def]
+def _copy_kernel(  # type: ignore[no-untyped-def]
     addresses,  # [C] int64
     lengths,  # [C] int32
     positions,  # [C] int64
@@ -98,14 +98,14 @@ def _copy(  # type: ignore[no-untyped-def]
 class SquareTable:
     """Chunks of the ranges of matrices in tensors of one dtype on one device, sorted by row.
 
-    The addresses hold as long as the tensors keep their memory.
+    The addresses are valid while the tensors keep their memory.
 
     Attributes:
-        addresses: [C] int64, of the first element of a chunk.
-        lengths: [C] int32, number of its elements.
-        positions: [C] int64, its first element in a packed copy of all chunks.
+        addresses: [C] int64, address of the first element of a chunk.
+        lengths: [C] int32, number of elements.
+        positions: [C] int64, offset of the chunk in a packed copy of all chunks.
         offsets: [R + 1] int64, first chunk of every row.
-        elements: of all chunks.
+        elements: number of elements of all chunks.
         dtype: fp32 or bf16.
     """
 
@@ -123,11 +123,11 @@ class SquareTable:
         ranges: Sequence[tuple[int, int, Sequence[tuple[int, int]]]],
         rows: int,
     ) -> "SquareTable":
-        """Cut ranges into chunks.
+        """Divide ranges into chunks.
 
         Args:
             tensors: contiguous, of one dtype, on one device.
-            ranges: (number of a tensor, row, ranges as (first, one past last)).
+            ranges: (index of a tensor, row, ranges as (first, one past last)).
             rows: number of rows.
         """
         device, dtype = tensors[0].device, tensors[0].dtype
@@ -154,7 +154,7 @@ class SquareTable:
         count = self.addresses.numel()
         if count:
             with torch.cuda.device_of(target):
-                _copy[(count,)](
+                _copy_kernel[(count,)](
                     self.addresses,
                     self.lengths,
                     self.positions,
@@ -169,7 +169,7 @@ class SquareTable:
         """Sum of squares per row, [R] fp64, on the current stream: two launches.
 
         Args:
-            before: a snapshot; the sums are then of the changes since.
+            before: a snapshot. The sums are then of the changes since.
         """
         device = self.addresses.device
         rows, count = self.offsets.numel() - 1, self.addresses.numel()
@@ -178,7 +178,7 @@ class SquareTable:
         partials = torch.empty(count, dtype=torch.float64, device=device)
         sums = torch.empty(rows, dtype=torch.float64, device=device)
         with torch.cuda.device_of(sums):
-            _square[(count,)](
+            _square_kernel[(count,)](
                 self.addresses,
                 self.lengths,
                 self.positions,
@@ -189,5 +189,5 @@ class SquareTable:
                 BLOCK=_BLOCK,
                 num_warps=_WARPS,
             )
-            _add[(rows,)](partials, self.offsets, sums, BLOCK=_SUMMED, num_warps=_WARPS)
+            _sum_kernel[(rows,)](partials, self.offsets, sums, BLOCK=_SUM_BLOCK, num_warps=_WARPS)
         return sums

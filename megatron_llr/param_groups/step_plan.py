@@ -1,7 +1,7 @@
-"""What an optimizer steps instead of its own groups, prepared once and kept while it holds.
+"""The layer groups that replace an optimizer's groups, built once and reused while they are valid.
 
-Which tensors and views share a group depends on which multipliers are equal, not on their values:
-in a ramp they all move, and the plan stands.
+Which tensors and views share a group depends on which multipliers are equal, not on their values.
+A plan therefore stays valid during a ramp.
 """
 
 from collections import defaultdict
@@ -11,113 +11,118 @@ from typing import Any
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import join_ranges
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import FusedTensor, Part
+from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
+from megatron_llr.param_groups.views import FusedTensor
 
-AT_ONE = 0
-"""Number of those whose multiplier is 1."""
+MULTIPLIER_ONE = 0
+"""Class index of multiplier 1."""
 
-Show = Callable[[torch.Tensor, tuple[Part, ...]], FusedTensor]
-"""Views of a tensor, one set for each part."""
+MakeViews = Callable[[torch.Tensor, tuple[MatrixRanges, ...]], FusedTensor]
+"""(tensor, matrices in it) -> views of the tensor, one set per matrix."""
 
 
-def equal_multipliers(matrices: Iterable[str], multipliers: Mapping[str, float]) -> dict[str, int]:
-    """Matrix id -> a number that it shares with those of the same multiplier; 1 where not named."""
-    numbers: dict[float, int] = {1.0: AT_ONE}
+def equal_multipliers(
+    matrices: Iterable[MatrixId], multipliers: Mapping[MatrixId, float]
+) -> dict[MatrixId, int]:
+    """Matrix id -> class index, shared by matrices of equal multiplier. Default multiplier 1."""
+    classes: dict[float, int] = {1.0: MULTIPLIER_ONE}
     return {
-        matrix: numbers.setdefault(multipliers.get(matrix, 1.0), len(numbers))
+        matrix: classes.setdefault(multipliers.get(matrix, 1.0), len(classes))
         for matrix in matrices
     }
 
 
-def join_parts(parts: Sequence[Part], numbers: Mapping[str, int]) -> dict[int, Part]:
-    """Number -> the part that all matrices of that number make together, under the first's id.
+def join_by_class(
+    parts: Sequence[MatrixRanges], classes: Mapping[MatrixId, int]
+) -> dict[int, MatrixRanges]:
+    """Class index -> the ranges of all matrices of that class, under the id of the first.
 
-    Ranges that touch become one, so that equal experts side by side need one view.
+    Ranges that touch are joined, so adjacent experts of equal multiplier need one view.
     """
-    members: dict[int, list[Part]] = defaultdict(list)
+    members: dict[int, list[MatrixRanges]] = defaultdict(list)
     for part in parts:
-        members[numbers[part[0]]].append(part)
-    return {number: _joined(found) for number, found in members.items()}
-
-
-def _joined(parts: list[Part]) -> Part:
-    if len(parts) == 1:
-        return parts[0]
-    return parts[0][0], join_ranges(sorted(run for _, found in parts for run in found))
+        members[classes[part[0]]].append(part)
+    return {
+        index: same[0]
+        if len(same) == 1
+        else (same[0][0], join_ranges(sorted(run for _, ranges in same for run in ranges)))
+        for index, same in members.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A group in place of a part of one: its number, its tensors, and the dict to fill."""
+class _LayerGroup:
+    """A layer group: its class index, its tensors, and the dict that `fill` updates."""
 
-    number: int
+    index: int
     tensors: list[torch.Tensor]
     group: dict[str, Any]
 
 
 class StepPlan:
-    """The pieces of every group of an optimizer.
+    """The layer groups that replace each param group of an optimizer.
 
     Args:
         groups: the optimizer's own groups.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
-        numbers: as `equal_multipliers` gives them.
-        show: makes the views of a tensor; None if the optimizer takes none.
+        classes: result of `equal_multipliers`.
+        make_views: creates the views of a tensor; None if the optimizer supports no views.
 
     Attributes:
-        fused: tensors shown as views.
+        fused: tensors that are stepped as views.
         views: ids of all views.
-        scaled: tensors that stay whole though their matrices' multipliers differ.
+        scaled: tensors that are stepped whole although the multipliers of their matrices differ.
     """
 
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
-        parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
-        numbers: Mapping[str, int],
-        show: Show | None,
+        parts: Mapping[int, TensorMatrices],
+        classes: Mapping[MatrixId, int],
+        make_views: MakeViews | None,
     ) -> None:
         self.fused: list[FusedTensor] = []
-        self.scaled: list[tuple[torch.Tensor, tuple[Part, ...]]] = []
-        self._numbers = numbers
-        self._matrix_of = {number: matrix for matrix, number in numbers.items()}
+        self.scaled: list[tuple[torch.Tensor, tuple[MatrixRanges, ...]]] = []
+        self._classes = classes
+        self._matrix_of = {index: matrix for matrix, index in classes.items()}
         self._params = [list(group["params"]) for group in groups]
-        self._pieces = [self._cut(params, parts, show) for params in self._params]
+        self._layer_groups = [self._divide(params, parts, make_views) for params in self._params]
         self.views = {id(view) for f in self.fused for vs in f.views.values() for view in vs}
 
-    def _cut(
+    def _divide(
         self,
         params: Sequence[torch.Tensor],
-        all_parts: Mapping[int, tuple[SteppedTensor, tuple[Part, ...]]],
-        show: Show | None,
-    ) -> list[_Piece]:
+        all_parts: Mapping[int, TensorMatrices],
+        make_views: MakeViews | None,
+    ) -> list[_LayerGroup]:
+        """Divide the tensors of one param group by class."""
         tensors: dict[int, list[torch.Tensor]] = defaultdict(list)
         for tensor in params:
             _, parts = all_parts.get(id(tensor), (None, ()))
-            joined = join_parts(parts, self._numbers)
+            joined = join_by_class(parts, self._classes)
             if len(joined) <= 1:
-                tensors[next(iter(joined), AT_ONE)].append(tensor)
-            elif show is None:
+                tensors[next(iter(joined), MULTIPLIER_ONE)].append(tensor)
+            elif make_views is None:
                 self.scaled.append((tensor, parts))
-                tensors[AT_ONE].append(tensor)
+                tensors[MULTIPLIER_ONE].append(tensor)
             else:
-                fused = show(tensor, tuple(joined.values()))
+                fused = make_views(tensor, tuple(joined.values()))
                 self.fused.append(fused)
-                for number, (matrix, _) in joined.items():
+                for index, (matrix, _) in joined.items():
                     if fused.views[matrix]:
-                        tensors[number].extend(fused.views[matrix])
+                        tensors[index].extend(fused.views[matrix])
         # Transformer Engine below 2.18 skips a group that ends in an empty tensor.
         return [
-            _Piece(number, sorted(found, key=lambda tensor: tensor.numel() > 0), {})
-            for number, found in tensors.items()
+            _LayerGroup(index, sorted(same, key=lambda tensor: tensor.numel() > 0), {})
+            for index, same in tensors.items()
         ]
 
-    def fits(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> bool:
-        """Whether the plan was made for these groups, tensors and equal multipliers."""
+    def fits(self, groups: Sequence[Mapping[str, Any]], classes: Mapping[MatrixId, int]) -> bool:
+        """Whether the plan was built for these groups, tensors and classes."""
         return (
-            numbers == self._numbers
+            classes == self._classes
             and len(groups) == len(self._params)
             and all(
                 len(group["params"]) == len(params)
@@ -130,24 +135,30 @@ class StepPlan:
     def fill(
         self,
         groups: Sequence[dict[str, Any]],
-        multipliers: Mapping[str, float],
-        settings: Callable[[dict[str, Any], float], dict[str, Any]],
+        multipliers: Mapping[MatrixId, float],
+        factors: Factors,
     ) -> list[list[dict[str, Any]]]:
-        """One list of groups in place of each; a group with no tensors here stays as it is.
+        """The layer groups that replace each group; a group without tensors is not replaced.
 
         Args:
             groups: the optimizer's own groups.
             multipliers: of the matrices.
-            settings: (group, multiplier) -> what a piece of it has of its own.
+            factors: factors on learning rate and weight decay for a multiplier.
         """
         filled = []
-        for base, pieces in zip(groups, self._pieces, strict=True):
-            for piece in pieces:
-                factor = 1.0
-                if piece.number != AT_ONE:
-                    factor = multipliers[self._matrix_of[piece.number]]
-                piece.group.clear()
-                piece.group.update(base)
-                piece.group.update(settings(base, factor), params=piece.tensors)
-            filled.append([piece.group for piece in pieces] or [base])
+        for base, layer_groups in zip(groups, self._layer_groups, strict=True):
+            for layer in layer_groups:
+                multiplier = 1.0
+                if layer.index != MULTIPLIER_ONE:
+                    multiplier = multipliers[self._matrix_of[layer.index]]
+                on_rate, on_decay = factors(multiplier)
+                group = layer.group
+                group.clear()
+                # A product is a copy: the scheduler overwrites a rate that is a tensor in place.
+                group.update(base, lr=base["lr"] * on_rate, params=layer.tensors)
+                if "weight_decay" in base:
+                    group["weight_decay"] = base["weight_decay"] * on_decay
+                if isinstance(base.get("step"), torch.Tensor):
+                    group["step"] = base["step"].clone()
+            filled.append([layer.group for layer in layer_groups] or [base])
         return filled

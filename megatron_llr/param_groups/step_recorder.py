@@ -1,4 +1,4 @@
-"""What a log of learning rates needs: norms of the weights, base rates, changes by a step."""
+"""Norms of weights, base learning rates and changes by a step, for the log."""
 
 import contextlib
 import math
@@ -8,31 +8,28 @@ from typing import Any
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.square_sums import SquareSums
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
-
-Recorded = Sequence[tuple[SteppedTensor, tuple[Part, ...]]]
-"""Stepped tensors of an inner optimizer, and what is recorded of each."""
+from megatron_llr.param_groups.stepped_tensor import TensorMatrices
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixSums:
     """Sums per matrix over the elements that a rank steps, in the order of the matrices.
 
-    Replicas bring equal shares: sums over all ranks, divided by the summed number of elements, are
-    exact whatever is sharded or replicated.
+    Replicas contribute equal shares. The sums over all ranks, divided by the total number of
+    elements, are therefore exact for any sharding and replication.
 
     Attributes:
-        table: [5, matrices] fp64; its rows are the properties below. Ranks add it up.
+        table: [5, matrices] fp64, to be summed over all ranks. Its rows are the properties below.
     """
 
     table: torch.Tensor
 
     @classmethod
     def zeros(cls, matrices: int) -> "MatrixSums":
-        """Of no elements, on the CPU."""
+        """Sums over no elements, on the CPU."""
         return cls(torch.zeros(5, matrices, dtype=torch.float64))
 
     @property
@@ -47,12 +44,12 @@ class MatrixSums:
 
     @property
     def weighted_rates(self) -> torch.Tensor:
-        """Sum over all elements of the base learning rate of the last step."""
+        """Base learning rate of the last step, summed over all elements."""
         return self.table[2]
 
     @property
     def changes(self) -> torch.Tensor:
-        """Sum of squares of what the last step changed, where it was recorded."""
+        """Sum of squared changes by the last step, where it was recorded."""
         return self.table[3]
 
     @property
@@ -61,14 +58,14 @@ class MatrixSums:
         return self.table[4]
 
     def ratios(self, numel: Sequence[int]) -> Iterator[list[Any]]:
-        """What the sums of a whole job say of every matrix.
+        """Norms, rates and relative updates of every matrix, from sums over the whole job.
 
         Args:
-            numel: elements of the whole matrices: over them, the count is the number of replicas.
+            numel: number of elements of the whole matrices.
 
         Yields:
-            Frobenius norms (0 where no rank steps a matrix), base learning rates of the last step
-            (NaN where unknown), and the norms of its changes over those of the weights (None where
+            Frobenius norms (0 if no rank steps the matrix), base learning rates of the last step
+            (NaN if unknown), and the norms of its changes divided by those of the weights (None if
             a part was not recorded).
         """
         whole = torch.tensor(numel, dtype=torch.float64)
@@ -81,21 +78,21 @@ class MatrixSums:
 
 
 class StepRecorder:
-    """Observes the steps of all inner optimizers on a rank; one that is not logged costs nothing.
+    """Records the steps of all inner optimizers on a rank. Steps that are not logged have no cost.
 
     Args:
-        sources: every inner optimizer, and what is recorded of it.
+        sources: every inner optimizer, with its stepped tensors and the ranges to record.
         matrices: ids, in the order of the results.
-        device: where the results are to be.
-        updates: whether the changes by a logged step are recorded; a copy of the tensors then
-            lives as long as that step.
-        batched: False for a norm per matrix on CUDA too.
+        device: of the results.
+        updates: whether the changes by a logged step are recorded. A copy of the tensors then
+            exists during that step.
+        batched: False for one norm per window on CUDA too.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[InnerGroups, Recorded]],
-        matrices: Sequence[str],
+        sources: Sequence[tuple[InnerGroups, Sequence[TensorMatrices]]],
+        matrices: Sequence[MatrixId],
         device: torch.device,
         *,
         updates: bool,
@@ -104,15 +101,15 @@ class StepRecorder:
         rows = {matrix: row for row, matrix in enumerate(matrices)}
         self._device = device
         self._known = MatrixSums.zeros(len(rows))
-        every = [(each.tensor, parts) for _, found in sources for each, parts in found]
+        every = [(each.tensor, parts) for _, tensors in sources for each, parts in tensors]
         self._squares = SquareSums(every, rows, batched=batched)
-        self._rates = [_BaseRates(inner, found, rows) for inner, found in sources]
+        self._rates = [_BaseRates(inner, tensors, rows) for inner, tensors in sources]
         self._updates: list[_UpdateRecorder] = []
-        for (inner, found), rates in zip(sources, self._rates, strict=True):
+        for (inner, tensors), rates in zip(sources, self._rates, strict=True):
             elements = rates.elements_by_row(len(rows))
             self._known.elements.add_(elements)
             if updates:
-                own = [(each.tensor, parts) for each, parts in found]
+                own = [(each.tensor, parts) for each, parts in tensors]
                 single = len(sources) == 1
                 squares = self._squares if single else SquareSums(own, rows, batched=batched)
                 recorder = _UpdateRecorder(squares, elements, device)
@@ -120,12 +117,12 @@ class StepRecorder:
                 self._updates.append(recorder)
 
     def arm(self, *, record: bool) -> None:
-        """Whether the next step is recorded."""
+        """Set whether the next step is recorded."""
         for recorder in self._updates:
             recorder.armed = record
 
     def local_sums(self) -> MatrixSums:
-        """What this rank knows after a step, on the device, to be summed over the job."""
+        """Sums of this rank after a step, on the device, to be summed over the job."""
         known = MatrixSums(self._known.table.clone())
         for rates in self._rates:
             rates.add_to(known.weighted_rates)
@@ -145,8 +142,10 @@ class StepRecorder:
 class _BaseRates:
     """Base learning rates of the last step of an inner optimizer, per matrix."""
 
-    def __init__(self, inner: InnerGroups, found: Recorded, rows: dict[str, int]) -> None:
-        parts = [(id(each.tensor), matrix, ranges) for each, ps in found for matrix, ranges in ps]
+    def __init__(
+        self, inner: InnerGroups, tensors: Sequence[TensorMatrices], rows: dict[MatrixId, int]
+    ) -> None:
+        parts = [(id(each.tensor), matrix, ranges) for each, ps in tensors for matrix, ranges in ps]
         counts = [sum(last - first for first, last in ranges) for _, _, ranges in parts]
         self._rows = torch.tensor([rows[matrix] for _, matrix, _ in parts], dtype=torch.int64)
         self._elements = torch.tensor(counts, dtype=torch.float64)
@@ -155,29 +154,29 @@ class _BaseRates:
         self._grouped: list[list[int]] | None = None
 
     def elements_by_row(self, rows: int) -> torch.Tensor:
-        """Number of elements of every matrix here: [rows] fp64."""
+        """Number of elements of every matrix on this rank: [rows] fp64."""
         return torch.zeros(rows, dtype=torch.float64).index_add_(0, self._rows, self._elements)
 
     def add_to(self, weighted: torch.Tensor) -> None:
-        """Add the elements of every matrix times their rate; NaN where no step was seen."""
+        """Add number of elements times rate for every matrix; NaN before the first step."""
         rates = self._inner.base_rates
         grouped = [[id(tensor) for tensor in tensors] for _, tensors in rates]
         if grouped != self._grouped:
             self._grouped = grouped
             group_of = {tensor: n for n, tensors in enumerate(grouped) for tensor in tensors}
-            # The last one stands for tensors that no group has.
-            numbers = [group_of.get(tensor, len(grouped)) for tensor in self._tensors]
-            self._group_of = torch.tensor(numbers, dtype=torch.int64)
+            # The last index is for tensors in no group. Their rate is NaN.
+            indices = [group_of.get(tensor, len(grouped)) for tensor in self._tensors]
+            self._group_of = torch.tensor(indices, dtype=torch.int64)
         values = torch.tensor([*(float(r) for r, _ in rates), math.nan], dtype=torch.float64)
         weighted.index_add_(0, self._rows, self._elements * values[self._group_of])
 
 
 class _UpdateRecorder:
-    """Squared norm of what one step of an inner optimizer changes, per matrix.
+    """Squared norm of the change by one step of an inner optimizer, per matrix.
 
     Attributes:
         armed: whether the next step is recorded.
-        elements: recorded per matrix, [matrices] fp64 on the CPU.
+        elements: number of recorded elements per matrix, [matrices] fp64 on the CPU.
     """
 
     def __init__(self, squares: SquareSums, elements: torch.Tensor, device: torch.device) -> None:
@@ -188,7 +187,7 @@ class _UpdateRecorder:
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """Record the step inside, if armed; one that raises leaves no record."""
+        """Record the step inside if armed. A step that raises is not recorded."""
         self._changes = None
         if not self.armed:
             yield
@@ -198,9 +197,6 @@ class _UpdateRecorder:
         self._changes = self._squares.of_changes(before, self._device)
 
     def take(self) -> torch.Tensor | None:
-        """Squared changes of the last step, [matrices] fp64; None if that was not recorded.
-
-        They can be taken once.
-        """
+        """Squared changes by the last step, [matrices] fp64, only once; None if not recorded."""
         changes, self._changes = self._changes, None
         return changes

@@ -1,19 +1,28 @@
-"""`SteppedTensor`: one tensor that an inner optimizer steps, and the weight that it stands for."""
+"""`SteppedTensor`: a tensor that an inner optimizer steps, and the weight that it updates."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
+
+MatrixRanges = tuple[MatrixId, tuple[tuple[int, int], ...]]
+"""Matrix id, and the ranges of its elements in a flattened tensor: (first, one past last)."""
+
+Factors = Callable[[float], tuple[float, float]]
+"""Multiplier -> factors on the learning rate and on the weight decay."""
+
 
 @dataclass(frozen=True, eq=False)
 class SteppedTensor:
-    """One tensor that an inner optimizer steps.
+    """A tensor that an inner optimizer steps.
 
     Attributes:
         tensor: the tensor in the optimizer's param groups: a whole weight, or a flat slice of one.
         parameter: the model parameter that it updates.
         start: first element of the slice, in the flattened parameter.
-        split: whether the optimizer, which steps it whole, updates each matrix in it separately
+        split: whether the optimizer steps the whole tensor but updates each matrix in it separately
             (Muon with query, key and value split).
     """
 
@@ -26,3 +35,7 @@ class SteppedTensor:
     def stop(self) -> int:
         """One past the last element of the slice."""
         return self.start + self.tensor.numel()
+
+
+TensorMatrices = tuple[SteppedTensor, tuple[MatrixRanges, ...]]
+"""A stepped tensor, and the ranges of the matrices in it."""

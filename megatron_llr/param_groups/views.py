@@ -1,4 +1,4 @@
-"""One stepped tensor seen as the matrices fused in it: views, no copy of weights or state."""
+"""Views of the matrices fused in one stepped tensor, without copies of weights or state."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 
+from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.gradients import GRADIENTS
-
-Part = tuple[str, tuple[tuple[int, int], ...]]
-"""Matrix id, and where its elements lie in the flattened tensor: (first, one past last)."""
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Equal runs of elements at equal distances in a flattened tensor: what one view can show.
+    """Runs of equal length at equal distances in a flattened tensor: the elements of one view.
 
     Attributes:
         first: first element.
-        length: elements of one run.
+        length: elements per run.
         count: number of runs.
-        period: elements from the start of one run to that of the next.
+        period: elements between the starts of consecutive runs.
     """
 
     first: int
@@ -37,72 +36,73 @@ class Window:
 
 
 def windows(ranges: Sequence[tuple[int, int]], *, strided: bool) -> list[Window]:
-    """As few windows as show the ranges, in their order.
+    """The smallest list of windows that covers the ranges, in their order.
 
-    Interleaved projections repeat with a fixed period, so that a few windows replace a view per
-    attention head; a shard that cuts into them has shorter runs at its ends.
+    Interleaved projections repeat with a fixed period, so a few windows replace one view per
+    attention head. A slice that begins or ends inside a run has shorter runs at its ends.
 
     Args:
         ranges: (first, one past last), ascending.
         strided: whether a window may hold several runs.
     """
-    found: list[Window] = []
+    covering: list[Window] = []
     for first, last in ranges:
         if first == last:
             # Transformer Engine below 2.18 skips a group that ends in an empty tensor.
             continue
-        before = found[-1] if found else None
+        before = covering[-1] if covering else None
         if strided and before is not None and before.length == last - first:
             period = before.period if before.count > 1 else first - before.first
             if first == before.first + before.count * period:
-                found[-1] = Window(before.first, before.length, before.count + 1, period)
+                covering[-1] = Window(before.first, before.length, before.count + 1, period)
                 continue
-        found.append(Window(first, last - first, 1, 0))
-    return found
+        covering.append(Window(first, last - first, 1, 0))
+    return covering
 
 
 class FusedTensor:
     """Views of a stepped tensor, of its gradient and of its optimizer state, one set per matrix.
 
-    Only element-wise optimizers may be given such views (`capability.stepping`).
+    Only for element-wise optimizers (`probe.stepping`).
 
     Args:
-        tensor: as it stands in the optimizer's groups, contiguous.
-        parts: the matrices in it; their ranges cover it.
-        strided: whether the optimizer takes views with a stride.
+        tensor: tensor in the optimizer's groups, contiguous.
+        parts: the matrices in it. Their ranges cover it.
+        strided: whether the optimizer supports views with a stride.
+
+    Attributes:
+        views: matrix id -> views of its elements.
     """
 
     def __init__(
-        self, tensor: torch.Tensor, parts: tuple[Part, ...], *, strided: bool = False
+        self, tensor: torch.Tensor, parts: tuple[MatrixRanges, ...], *, strided: bool = False
     ) -> None:
         self.tensor = tensor
         self.parts = parts
         flat = tensor.detach().view(-1)
         self._address = tensor.data_ptr()
-        shown = {matrix: windows(ranges, strided=strided) for matrix, ranges in parts}
-        self.views: dict[str, list[torch.Tensor]] = {
-            matrix: [window.of(flat) for window in found] for matrix, found in shown.items()
-        }
-        self._windowed = [
-            (view, window)
-            for matrix, found in shown.items()
-            for view, window in zip(self.views[matrix], found, strict=True)
-        ]
-        # What the views' gradients are slices of; None where the tensor had none.
+        self.views: dict[MatrixId, list[torch.Tensor]] = {}
+        self._windowed: list[tuple[torch.Tensor, Window]] = []
+        for matrix, ranges in parts:
+            windowed = [(w.of(flat), w) for w in windows(ranges, strided=strided)]
+            self.views[matrix] = [view for view, _ in windowed]
+            self._windowed += windowed
+        # The tensor's gradients that the views' gradients are slices of.
         self._gradients: dict[str, torch.Tensor | None] = {}
+        # The tensor's state that the views' states were made from.
         self._sources: dict[str, Any] = {}
-        # Of the first view's state, what shares memory with the tensor's.
+        # Entries of the first view's state that share memory with the tensor's state.
         self._shared: dict[str, Any] = {}
-        # Of all views' states, what does not: (name, one for each view).
+        # Entries of the views' states that are copies: (name, one per view).
         self._counters: list[tuple[str, list[torch.Tensor]]] = []
         self._states: list[dict[str, Any]] = [{} for _ in self._windowed]
 
     def is_stale(self) -> bool:
-        """Whether the tensor has been given other memory since the views were made."""
+        """Whether the tensor's memory has been replaced since the views were created."""
         return self._address != self.tensor.data_ptr()
 
     def slice_gradient(self) -> None:
-        """Give every view its part of the tensor's gradient, under the name it stands under."""
+        """Set the gradient of every view to its part of the tensor's gradient."""
         for name in GRADIENTS:
             gradient = getattr(self.tensor, name, None)
             if name in self._gradients and gradient is self._gradients[name]:
@@ -119,8 +119,8 @@ class FusedTensor:
     def release_gradient(self) -> None:
         """Drop the references to the gradient, so that its memory can be freed.
 
-        A gradient that is a part of a larger buffer, as Megatron's are, is not freed between steps:
-        its slices are kept.
+        Slices of a gradient that is part of a larger buffer, as in Megatron, are kept, since the
+        buffer is not freed between steps.
         """
         gradient = getattr(self.tensor, "grad", None)
         if gradient is not None and gradient.untyped_storage().nbytes() > gradient.nbytes:
@@ -132,13 +132,16 @@ class FusedTensor:
                 self._gradients[name] = None
 
     def lend_state(self, base: Mapping[str, Any], to: dict[Any, Any]) -> None:
-        """Put the state of every view into `to`: slices of `base`, counters copied.
+        """Put the state of every view into `to`: slices of `base`, and copies of counters.
 
         Args:
             base: optimizer state of the whole tensor; empty before its first step.
             to: the optimizer's state during its step.
         """
-        if not self._is_current(base):
+        is_current = len(base) == len(self._sources) and all(
+            self._sources.get(key) is value for key, value in base.items()
+        )
+        if not is_current:
             self._sources = dict(base)
             self._states = [
                 {key: self._slice(value, window) for key, value in base.items()}
@@ -155,34 +158,32 @@ class FusedTensor:
                 if isinstance(value, torch.Tensor) and key not in self._shared
             ]
         else:
-            # A step that took the tensor whole has counted in place.
+            # A step of the whole tensor has incremented the counters in place.
             for key, counters in self._counters:
                 torch._foreach_copy_(counters, [base[key]] * len(counters))
         for (view, _), state in zip(self._windowed, self._states, strict=True):
             to[view] = state
 
     def return_state(self, base: dict[str, Any], lent: Mapping[Any, Any]) -> None:
-        """Bring into `base` what the step changed beyond the shared memory of the slices."""
+        """Copy into `base` the entries that do not share memory with it and that a step changed."""
         states = [lent.get(view, {}) for view, _ in self._windowed]
         if not states or not states[0]:
             return
         for key, value in states[0].items():
             if value is self._shared.get(key) and key in base:
                 continue
-            # A counter has one element; so may a view, but a counter has no axis.
+            # A view may have one element, as a counter has, but a counter has no dimensions.
             if isinstance(value, torch.Tensor) and value.shape == self._windowed[0][0].shape:
                 if key not in base:
-                    base[key] = self._join([state[key] for state in states])
+                    whole = value.new_empty(self.tensor.numel())
+                    for (_, window), state in zip(self._windowed, states, strict=True):
+                        window.of(whole).copy_(state[key])
+                    base[key] = whole.view(self.tensor.shape)
             elif isinstance(value, torch.Tensor) and isinstance(base.get(key), torch.Tensor):
                 base[key].copy_(value)
             else:
                 base[key] = value.clone() if isinstance(value, torch.Tensor) else value
                 self._sources[key] = base[key]
-
-    def _is_current(self, base: Mapping[str, Any]) -> bool:
-        return len(base) == len(self._sources) and all(
-            self._sources.get(key) is value for key, value in base.items()
-        )
 
     def _slice(self, value: Any, window: Window) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -191,9 +192,3 @@ class FusedTensor:
             return window.of(value.view(-1))
         assert value.numel() == 1, f"state of {tuple(value.shape)} for {tuple(self.tensor.shape)}"
         return value.clone()
-
-    def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        whole = pieces[0].new_empty(self.tensor.numel())
-        for (_, window), piece in zip(self._windowed, pieces, strict=True):
-            window.of(whole).copy_(piece)
-        return whole.view(self.tensor.shape)

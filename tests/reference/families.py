@@ -16,8 +16,8 @@ _SHAPE = {
     "max_position_embeddings": 16,
 }
 
-# What each family has of its own: frequency scaling, a window, tied embeddings and biases, norms of
-# heads that are not hidden / heads wide.
+# Specific to each family: frequency scaling, a window, tied embeddings and biases, norms of heads
+# whose width is not hidden / heads.
 BUILDERS: dict[str, dict[str, Any]] = {
     "llama": {
         "rms_norm_eps": 1e-5,
@@ -35,7 +35,7 @@ BUILDERS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 48},
 }
 
-# Megatron's flags for a model of each family, to train from nothing.
+# Megatron's flags for a model of each family, to train from random weights.
 FLAGS = {
     "llama": "--use-rope-scaling --rope-scaling-factor 8.0 --rotary-base 500000",
     "mistral": "--window-size 4,0",
@@ -45,7 +45,7 @@ FLAGS = {
 
 
 def build(family: str) -> Any:
-    """A random fp32 model in evaluation mode; norms and biases are no constants."""
+    """A random fp32 model in evaluation mode; norms and biases are not constant."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **_SHAPE, **BUILDERS[family])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()

@@ -1,6 +1,6 @@
-"""A LLaMA in plain PyTorch, with q, k, v, gate and up as parameters of their own.
+"""A LLaMA in plain PyTorch, with q, k, v, gate and up as separate parameters.
 
-`transformers`' own model is the oracle: it knows nothing of Megatron's fused weights.
+`transformers`' own model is the reference: it is independent of Megatron's fused weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ ROLES = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-# Norms are no matrices and have no id; Megatron's names beside Hugging Face's.
+# Norms have no matrix id. Megatron's names -> Hugging Face's.
 NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
 
 

@@ -1,6 +1,6 @@
-"""LLR (arXiv 2605.22297) as the paper has it, one matrix after another, in plain PyTorch.
+"""LLR (arXiv 2605.22297) as in the paper, one matrix after another, in plain PyTorch.
 
-Nothing here is shared with the package: it is what the package is tested against.
+Independent of the package, which is tested against it.
 """
 
 import math
@@ -50,7 +50,7 @@ def adamw_rate(
     eps: float,
     weight_decay: float,
 ) -> torch.Tensor:
-    """The learning rate that an AdamW step used on every element, solved from what it did:
+    """The learning rate that an AdamW step used on every element, from its result:
     after = before - rate * (weight_decay * before + m / (sqrt(v) + eps)). fp64, shape of `before`.
     """
     m = exp_avg.double() / (1 - betas[0] ** step)
@@ -65,8 +65,9 @@ def adamw_rate_of(
     before: torch.Tensor,
     decay_factor: float = 1.0,
 ) -> torch.Tensor:
-    """`adamw_rate` of the last step on a tensor, with what the optimizer keeps of it; its weight
-    decay times a factor.
+    """`adamw_rate` of the last step on a tensor, from its state and param group.
+
+    The weight decay is multiplied by a factor.
     """
     group = next(g for g in optimizer.param_groups if any(p is tensor for p in g["params"]))
     state = optimizer.state[tensor]

@@ -1,6 +1,6 @@
-"""Small models by their sizes: Megatron's flags for one, and the matrices that papers see in it.
+"""Small models by their sizes: Megatron's flags, and the logical matrices of the model.
 
-Nothing here is shared with the package: it is what its catalog is tested against.
+Independent of the package, whose catalog is tested against it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ class Model:
 
     Attributes:
         channels: width of a head, 0 for hidden / heads.
-        experts: of every `moe_every`-th block, the last of as many; 0 for a dense model.
+        experts: of every `moe_every`-th block, the last of that many; 0 for a dense model.
         shared: width of the shared expert, 0 for none; `shared_gate` weighs it.
         latent: width that experts work in, 0 for the model's.
         mla: multi-latent attention; `q_lora` is the width of the query's down projection.
@@ -109,59 +109,59 @@ class Model:
 
     def matrices(self) -> dict[str, Shape]:
         """Matrix id -> shape, of all that are trained."""
-        found: dict[str, Shape] = {"embedding": (self.vocab, self.hidden)}
+        shapes: dict[str, Shape] = {"embedding": (self.vocab, self.hidden)}
         if self.pattern:
-            found.update(_named("block.{}", self._hybrid(self.pattern)))
+            shapes.update(_named("block.{}", self._hybrid(self.pattern)))
         else:
             for block in range(self.blocks):
                 sparse = bool(self.experts) and (block + 1) % self.moe_every == 0
-                found.update(_prefixed(f"block.{block}.", self._block(sparse)))
+                shapes.update(_prefixed(f"block.{block}.", self._block(sparse)))
         for number in range(self.predictions):
             prefix = f"mtp.{number}."
-            found[f"{prefix}eh_proj"] = (self.hidden, 2 * self.hidden)
+            shapes[f"{prefix}eh_proj"] = (self.hidden, 2 * self.hidden)
             if self.pattern:
                 inner = self._hybrid(self.prediction_pattern)
                 assert len(inner) == 1, "one mixer is enough here"
-                found.update(_prefixed(prefix, inner[0]))
+                shapes.update(_prefixed(prefix, inner[0]))
             else:
-                found.update(_prefixed(prefix, self._block(bool(self.experts))))
+                shapes.update(_prefixed(prefix, self._block(bool(self.experts))))
         if not self.tied:
-            found["head"] = (self.vocab, self.hidden)
-        return found
+            shapes["head"] = (self.vocab, self.hidden)
+        return shapes
 
     def _block(self, sparse: bool) -> dict[str, Shape]:
         feed_forward = self._moe() if sparse else self._mlp(self.ffn, self.hidden)
         return {**self._attention(), **_prefixed("mlp.", feed_forward)}
 
     def _hybrid(self, letters: str) -> list[dict[str, Shape]]:
-        """The blocks: one for every mixer, with what follows it up to the next."""
+        """The blocks: one for every mixer, with the layers up to the next mixer."""
         blocks: list[dict[str, Shape]] = []
         for letter in letters.replace("|", ""):
             if letter in "*+M":
                 blocks.append(self._mamba() if letter == "M" else self._attention())
                 continue
-            found = self._moe() if letter == "E" else self._mlp(self.ffn, self.hidden)
+            shapes = self._moe() if letter == "E" else self._mlp(self.ffn, self.hidden)
             before = len({name.split(".")[0] for name in blocks[-1]} - {"attention", "mamba"})
-            blocks[-1].update(_prefixed(f"mlp{before + 1}." if before else "mlp.", found))
+            blocks[-1].update(_prefixed(f"mlp{before + 1}." if before else "mlp.", shapes))
         return blocks
 
     def _attention(self) -> dict[str, Shape]:
         if not self.mla:
             width = self.channels or self.hidden // self.heads
             rows = {"q": self.heads * width, "k": self.groups * width, "v": self.groups * width}
-            found = {role: (count, self.hidden) for role, count in rows.items()}
-            return _prefixed("attention.", {**found, "o": (self.hidden, self.heads * width)})
+            shapes = {role: (count, self.hidden) for role, count in rows.items()}
+            return _prefixed("attention.", {**shapes, "o": (self.hidden, self.heads * width)})
         queries = self.heads * (self.no_rope + self.rope)
-        found = {
+        shapes = {
             "kv_down": (self.kv_lora + self.rope, self.hidden),
             "kv_up": (self.heads * (self.no_rope + self.value), self.kv_lora),
             "o": (self.hidden, self.heads * self.value),
         }
         if self.q_lora:
-            found.update(q_down=(self.q_lora, self.hidden), q_up=(queries, self.q_lora))
+            shapes.update(q_down=(self.q_lora, self.hidden), q_up=(queries, self.q_lora))
         else:
-            found.update(q=(queries, self.hidden))
-        return _prefixed("attention.", found)
+            shapes.update(q=(queries, self.hidden))
+        return _prefixed("attention.", shapes)
 
     def _mamba(self) -> dict[str, Shape]:
         inner = self.mamba_heads * self.mamba_width
@@ -172,27 +172,27 @@ class Model:
         }
 
     def _mlp(self, width: int, model_width: int) -> dict[str, Shape]:
-        found = {"up": (width, model_width), "down": (model_width, width)}
-        return {**found, "gate": (width, model_width)} if self.gated else found
+        shapes = {"up": (width, model_width), "down": (model_width, width)}
+        return {**shapes, "gate": (width, model_width)} if self.gated else shapes
 
     def _moe(self) -> dict[str, Shape]:
-        found: dict[str, Shape] = {"router": (self.experts, self.hidden)}
+        shapes: dict[str, Shape] = {"router": (self.experts, self.hidden)}
         inside = self.latent or self.hidden
         if self.latent:
-            found.update(latent_down=(inside, self.hidden), latent_up=(self.hidden, inside))
+            shapes.update(latent_down=(inside, self.hidden), latent_up=(self.hidden, inside))
         if self.shared:
-            found.update(_prefixed("shared.", self._mlp(self.shared, self.hidden)))
+            shapes.update(_prefixed("shared.", self._mlp(self.shared, self.hidden)))
         if self.shared_gate:
-            found["shared.mix"] = (1, self.hidden)
+            shapes["shared.mix"] = (1, self.hidden)
         for expert in range(self.experts):
-            found.update(_prefixed(f"expert.{expert}.", self._mlp(self.expert_ffn, inside)))
-        return found
+            shapes.update(_prefixed(f"expert.{expert}.", self._mlp(self.expert_ffn, inside)))
+        return shapes
 
     def start(self, seed: int = 1234, std: float = 0.02) -> dict[str, torch.Tensor]:
-        """What `--llr-same-start` promises: every matrix drawn whole from the seed and its id.
+        """The weights of `--llr-same-start`: every matrix drawn whole from the seed and its id.
 
-        fp32; normal, with Megatron's smaller deviation for what writes to the residual stream
-        (megatron/core/transformer/transformer_config.py).
+        fp32; normal, with Megatron's smaller deviation for matrices that write to the residual
+        stream (megatron/core/transformer/transformer_config.py).
         """
         return dict(self._drawn(seed, std))
 

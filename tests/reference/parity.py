@@ -1,7 +1,7 @@
-"""Ramps as the official code has them (golden traces): a straight line in the learning rate.
+"""The ramps of the official code (golden traces): a straight line in the learning rate.
 
-The package moves the multiplier along a line and follows the base schedule exactly; the official
-trainer moves the learning rate, towards the base rate at the end of the ramp.
+The package changes the multiplier linearly and follows the base schedule exactly. The official
+trainer changes the learning rate linearly, towards the base rate at the end of the ramp.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class OfficialRamps:
         self._observed_at = s
 
     def learning_rates(self, s: int, base: Callable[[int], float]) -> dict[str, float]:
-        """Learning rate of every matrix at update s; call it for one update after another."""
+        """Learning rate of every matrix at update s; call it for consecutive updates."""
         first = self._observed_at - 1
         last = self.ramp if first == 0 else self._observed_at + self.ramp
         if s > last:

@@ -1,4 +1,4 @@
-"""What the tests of the fused step share: optimizers, a small model, and the formula in fp64."""
+"""Shared by tests of the fused step: optimizers, a small model, and the formula in fp64."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,15 +6,14 @@ from typing import Any
 import torch
 
 from megatron_llr.param_groups.inner_groups import InnerGroups
-from megatron_llr.param_groups.stepped_tensor import SteppedTensor
-from megatron_llr.param_groups.views import Part
+from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor
 
 EPSILON = 2.0**-23
 BETAS, EPS, RATE, DECAY = (0.9, 0.95), 1e-8, 0.01, 0.1
 SETTINGS = {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-# Name -> shape, and the matrices in it: interleaved with runs that begin inside a row, stacked with
-# more than one chunk, one matrix, a flat slice, no matrix at all.
-TENSORS: dict[str, tuple[tuple[int, ...], tuple[Part, ...]]] = {
+# Name -> shape and matrices: interleaved with runs that begin inside a row, stacked with more than
+# one chunk, one matrix, a flat slice, no matrix.
+TENSORS: dict[str, tuple[tuple[int, ...], tuple[MatrixRanges, ...]]] = {
     "qkv": (
         (24, 50),
         (
@@ -152,10 +151,10 @@ class Model:
 
     def gradient(self, name: str) -> torch.Tensor | None:
         """Of one tensor, under the name that the optimizer reads."""
-        found: torch.Tensor | None = getattr(
+        gradient: torch.Tensor | None = getattr(
             self.tensors[name], "decoupled_grad" if self.masters else "grad"
         )
-        return found
+        return gradient
 
     def weights(self, name: str) -> torch.Tensor:
         """The fp32 weights of one tensor: itself, or those in its state."""
@@ -165,18 +164,18 @@ class Model:
 
     def snapshot(self) -> dict[str, dict[str, torch.Tensor]]:
         """fp64 copies of weights and moments, and the step, of every tensor."""
-        found = {}
+        copies = {}
         for number, (name, tensor) in enumerate(self.tensors.items()):
             state = self.optimizer.state.get(tensor) or {}
             group = self.optimizer.param_groups[number == len(self.tensors) - 1]
             zero = torch.zeros_like(tensor, dtype=torch.float64)
-            found[name] = {
+            copies[name] = {
                 "p": self.weights(name).detach().double().clone(),
                 "m": state["exp_avg"].double() if "exp_avg" in state else zero,
                 "v": state["exp_avg_sq"].double() if "exp_avg_sq" in state else zero,
                 "step": torch.as_tensor(float(state.get("step", group.get("step", 0)))),
             }
-        return found
+        return copies
 
 
 def rates_of(name: str, device: str, multipliers: Mapping[str, float]) -> torch.Tensor:

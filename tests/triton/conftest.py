@@ -1,4 +1,4 @@
-"""Kernels on a GPU where there is one, else in triton's interpreter (`TRITON_INTERPRET=1`)."""
+"""Kernels on a GPU if there is one, otherwise in triton's interpreter (`TRITON_INTERPRET=1`)."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton chooses when it is imported: tests/unit/test_triton.py starts a process with it set.
+# Triton reads the variable at import: tests/unit/test_triton.py starts a process with it set.
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 

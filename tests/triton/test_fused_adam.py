@@ -52,7 +52,7 @@ def step_and_check(model: Model, name: str, seed: int, device: str, **gradients:
         if model.masters:
             copy_, weights = model.tensors[tensor], model.weights(tensor)
             if device == "cpu" and copy_.dtype == torch.bfloat16:
-                # Triton's interpreter cuts the last bits off, where a GPU rounds.
+                # Triton's interpreter truncates; a GPU rounds.
                 weights = (weights.view(torch.int32) & -65536).view(torch.float32)
             assert torch.equal(copy_, weights.to(copy_.dtype))
 
@@ -71,7 +71,7 @@ def test_decay_as_at_multiplier_1(name: str, device: str) -> None:
         step_and_check(model, name, seed, device)
 
 
-def test_bf16_gradients_beside_fp32_ones(device: str) -> None:
+def test_bf16_and_fp32_gradients(device: str) -> None:
     model = Model("masters", device, "fused")
     for seed in range(3):
         step_and_check(model, "masters", seed, device, bf16=True)
@@ -118,8 +118,8 @@ def test_a_first_step_leaves_the_states_of_the_optimizers_own(name: str, device:
         model.optimizer.step()
         states.append(
             {
-                tensor: list(model.optimizer.state[found]) if found in model.optimizer.state else 0
-                for tensor, found in model.tensors.items()
+                tensor: list(model.optimizer.state[t]) if t in model.optimizer.state else 0
+                for tensor, t in model.tensors.items()
             }
         )
     assert states[0] == states[1]
@@ -127,27 +127,27 @@ def test_a_first_step_leaves_the_states_of_the_optimizers_own(name: str, device:
 
 @EVERY
 def test_checkpoints_load_in_both_directions(name: str, device: str) -> None:
-    """From fused to plain to fused steps; the loaded optimizers go on as the saved ones."""
+    """From fused to plain to fused steps. The loaded optimizers continue as the saved ones."""
     steps: list[Model] = [Model(name, device, "fused")]
     for seed in range(3):
         steps[0].set_gradients(seed)
         steps[0].optimizer.step()
     for step in (None, "fused"):
         saved, loaded = steps[-1], Model(name, device, step)
-        for tensor, found in loaded.tensors.items():
-            found.copy_(saved.tensors[tensor])
+        for key, weights in loaded.tensors.items():
+            weights.copy_(saved.tensors[key])
         loaded.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
         for tensor in TENSORS:
             assert torch.equal(loaded.weights(tensor), saved.weights(tensor))
         loaded.set_gradients(7)
         loaded.optimizer.step()
         steps.append(loaded)
-    found = steps[-1].snapshot()
-    assert {float(values["step"]) for values in found.values()} == {5.0}
+    last = steps[-1].snapshot()
+    assert {float(values["step"]) for values in last.values()} == {5.0}
 
 
-def test_a_state_loaded_into_a_stepped_optimizer_is_taken_up(device: str) -> None:
-    """load_state_dict brings other memory and other counters; in place or not."""
+def test_a_state_loaded_into_a_stepped_optimizer_is_used(device: str) -> None:
+    """load_state_dict replaces memory and counters, in place or not."""
     model = Model("torch AdamW", device, "fused")
     saved = None
     for seed in range(4):
@@ -160,7 +160,7 @@ def test_a_state_loaded_into_a_stepped_optimizer_is_taken_up(device: str) -> Non
     assert {float(v["step"]) for v in model.snapshot().values()} == {3.0}
 
 
-def test_a_loaded_state_that_is_not_fp32_is_refused(device: str) -> None:
+def test_a_loaded_state_that_is_not_fp32_is_rejected(device: str) -> None:
     model = Model("torch AdamW", device, "fused")
     model.set_gradients(0)
     model.optimizer.step()
@@ -184,7 +184,7 @@ def test_elements_of_no_matrix_have_multiplier_1(device: str) -> None:
     assert (-tensor / RATE).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_tensors_given_other_memory_are_stepped_there(device: str) -> None:
+def test_new_memory_of_tensors_is_stepped(device: str) -> None:
     model = Model("torch AdamW", device, "fused")
     for seed in range(3):
         step_and_check(model, "torch AdamW", seed, device)
@@ -207,7 +207,7 @@ def test_tables_are_built_once(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(built) == 1
 
 
-def test_a_counter_that_states_share_is_cloned_once_and_said(
+def test_a_shared_counter_is_cloned_once_with_a_warning(
     device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Model("torch AdamW, for loop", device, "fused")
@@ -324,9 +324,7 @@ class HalfMoments(GroupCounter):
         (lambda t: HalfMoments(t), "exp_avg is torch.bfloat16"),
     ],
 )
-def test_what_is_no_fp32_adam_is_refused_with_the_reason(
-    build: Any, words: str, device: str
-) -> None:
+def test_other_optimizers_are_rejected_with_the_reason(build: Any, words: str, device: str) -> None:
     tensor = torch.zeros(8, 6, device=device)
     optimizer = build([tensor])
     reason = reason_unsupported(optimizer)
@@ -339,7 +337,7 @@ def test_what_is_no_fp32_adam_is_refused_with_the_reason(
     assert InnerGroups(optimizer, parts, decoupled_decay=False)._fused is None
 
 
-def test_bf16_tensors_without_fp32_weights_are_refused(device: str) -> None:
+def test_bf16_tensors_without_fp32_weights_are_rejected(device: str) -> None:
     tensor = torch.zeros(8, 6, device=device, dtype=torch.bfloat16)
     reason = reason_unsupported(torch.optim.AdamW([tensor]))
     assert reason is not None

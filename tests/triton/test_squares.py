@@ -39,8 +39,8 @@ ROWS = {
 
 def exact(parts: list[tuple[torch.Tensor, tuple]], values: list[torch.Tensor]) -> list[float]:
     sums = [0.0] * len(ROWS)
-    for (_, found), value in zip(parts, values, strict=True):
-        for matrix, ranges in found:
+    for (_, matrices), value in zip(parts, values, strict=True):
+        for matrix, ranges in matrices:
             sums[ROWS[matrix]] += sum(float(value[a:b].square().sum()) for a, b in ranges)
     return sums
 
@@ -63,10 +63,10 @@ def test_sums_and_changes_are_those_of_the_elements(
     place = torch.device(device)
     for _ in range(2):
         now = [tensor.double().cpu().clone() for tensor, _ in parts]
-        found = sums.of_tensors(place)
-        assert found.tolist() == pytest.approx(exact(parts, now), rel=1e-12)
-        assert found.tolist() == pytest.approx(windows.of_tensors(place).tolist(), rel=1e-6)
-        assert torch.equal(found, sums.of_tensors(place))
+        result = sums.of_tensors(place)
+        assert result.tolist() == pytest.approx(exact(parts, now), rel=1e-12)
+        assert result.tolist() == pytest.approx(windows.of_tensors(place).tolist(), rel=1e-6)
+        assert torch.equal(result, sums.of_tensors(place))
         before = sums.snapshot()
         for tensor, _ in parts:
             tensor.mul_(1.25).add_(1e-3)
@@ -74,7 +74,7 @@ def test_sums_and_changes_are_those_of_the_elements(
         changes = sums.of_changes(before, place)
         assert changes is not None
         assert changes.tolist() == pytest.approx(exact(parts, moved), rel=1e-12)
-    assert found[ROWS["other"]] == found[ROWS["embedding"]] == 0
+    assert result[ROWS["other"]] == result[ROWS["embedding"]] == 0
     assert len(sums._tables) == len({t.dtype for t, _ in parts} & {FP32, BF16})
 
 

@@ -1,4 +1,4 @@
-"""What a log records around real steps: by the kernel as by a norm per window."""
+"""Recording of real steps: the kernel gives the results of one norm per window."""
 
 import math
 from typing import Any

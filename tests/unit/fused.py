@@ -1,4 +1,4 @@
-"""What the tests of layer groups share: real torch optimizers, and a tensor of fused matrices."""
+"""Shared by tests of layer groups: real torch optimizers, and a tensor of fused matrices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 class WatchedAdamW(torch.optim.AdamW):
-    """Notes the param groups that its own step sees: elements of every tensor in each."""
+    """Records the param groups in its own step: number of elements of every tensor in each."""
 
     def __init__(self, groups: Any) -> None:
         super().__init__(groups, foreach=False, **SETTINGS)
@@ -40,8 +40,8 @@ def fused_groups(
     decoupled_decay: bool = False,
 ) -> InnerGroups:
     """Layer groups of one fused tensor."""
-    parts = tuple((matrix, tuple(found)) for matrix, found in ranges.items())
-    master = SteppedTensor(tensor, torch.nn.Parameter(tensor))
-    groups = InnerGroups(optimizer, {id(tensor): (master, parts)}, decoupled_decay=decoupled_decay)
+    parts = tuple((matrix, tuple(runs)) for matrix, runs in ranges.items())
+    stepped = SteppedTensor(tensor, torch.nn.Parameter(tensor))
+    groups = InnerGroups(optimizer, {id(tensor): (stepped, parts)}, decoupled_decay=decoupled_decay)
     groups.multipliers = MULTIPLIERS
     return groups

@@ -1,11 +1,11 @@
-"""A host's writer that keeps what it is given."""
+"""A recorder of scalars with the interface of Megatron's writers."""
 
 
 class Recorder:
-    """Stands for the host's writers, which have these methods; W&B's rules for steps hold.
+    """Replaces Megatron's TensorBoard and W&B writers, with W&B's rules for steps.
 
     Attributes:
-        rows: by step what W&B has, the last of them open; a step below it is dropped.
+        rows: values in W&B by step. The last step is open; values of an earlier step are dropped.
     """
 
     def __init__(self) -> None:

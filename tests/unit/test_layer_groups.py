@@ -1,4 +1,4 @@
-"""Layer groups on real torch optimizers: what they leave behind, and when they are there."""
+"""Layer groups on real torch optimizers: their effect on groups, state and other hooks."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_llr.param_groups.step_recorder import StepRecorder
 from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, RANGES, SETTINGS, WatchedAdamW, fused_groups
 
 
-def test_equal_multipliers_share_a_group_and_touching_ones_a_view() -> None:
+def test_equal_multipliers_share_a_group_and_adjacent_ones_a_view() -> None:
     tensor = torch.nn.Parameter(torch.ones(40))
     optimizer = WatchedAdamW([{"params": [tensor]}])
     groups = fused_groups(optimizer, tensor, {str(n): [(10 * n, 10 * n + 10)] for n in range(4)})
@@ -20,7 +20,7 @@ def test_equal_multipliers_share_a_group_and_touching_ones_a_view() -> None:
         tensor.grad = torch.ones(40)
         optimizer.step()
     # Every second expert: one view with a stride.
-    # Copies of the optimizer that the probe makes note their steps here too.
+    # The steps of the copies that the probe makes are recorded here too.
     assert optimizer.seen[-3:] == [[[20], [20]], [[20], [20]], [[40]]]
 
 
@@ -39,7 +39,7 @@ def test_a_ramp_moves_multipliers_without_new_views() -> None:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_state_is_that_of_a_plain_optimizer(kind: str) -> None:
-    """Keys, shapes and counters as without the extension, so checkpoints are too."""
+    """Keys, shapes and counters as without the extension, so checkpoints are the same."""
     dicts = []
     for extended in (True, False):
         tensor = torch.nn.Parameter(torch.ones(8, 6))
@@ -52,7 +52,7 @@ def test_the_state_is_that_of_a_plain_optimizer(kind: str) -> None:
             tensor.grad = torch.full((8, 6), 0.5)
             optimizer.step()
         dicts.append(optimizer.state_dict())
-    extended_state, plain_state = (found["state"][0] for found in dicts)
+    extended_state, plain_state = (state_dict["state"][0] for state_dict in dicts)
     assert list(extended_state) == list(plain_state)
     for key, value in plain_state.items():
         if isinstance(value, torch.Tensor):
@@ -61,7 +61,7 @@ def test_the_state_is_that_of_a_plain_optimizer(kind: str) -> None:
     assert dicts[0]["param_groups"] == dicts[1]["param_groups"]
 
 
-def test_a_loaded_state_is_taken_up() -> None:
+def test_a_loaded_state_is_used() -> None:
     """After load_state_dict the cached views of the old state must not be used."""
     runs = []
     for reload in (False, True):
@@ -78,8 +78,8 @@ def test_a_loaded_state_is_taken_up() -> None:
     assert torch.equal(*runs)
 
 
-def test_a_tensor_given_other_memory_is_seen_anew() -> None:
-    """Offloading and reloading re-point `.data`; views of the old memory would step nothing."""
+def test_new_memory_of_a_tensor_is_noticed() -> None:
+    """Offloading and reloading replace `.data`. A step of views of the old memory would be lost."""
     runs = []
     for moved in (False, True):
         tensor = torch.nn.Parameter(torch.ones(8, 6))
@@ -107,7 +107,7 @@ def test_no_copy_of_weights_or_state_is_kept() -> None:
     state = optimizer.state[tensor]
     for lent in fused._states:
         for key in ("exp_avg", "exp_avg_sq"):
-            storages = [found[key].untyped_storage().data_ptr() for found in (lent, state)]
+            storages = [each[key].untyped_storage().data_ptr() for each in (lent, state)]
             assert storages[0] == storages[1]
 
 
@@ -193,7 +193,7 @@ def recorder_of(groups: InnerGroups) -> StepRecorder:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_what_a_step_changes_is_recorded_per_matrix(kind: str) -> None:
+def test_changes_by_a_step_are_recorded_per_matrix(kind: str) -> None:
     """Without layer groups (before the first multipliers), with them, and only when armed."""
     tensor = torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
     optimizer = OPTIMIZERS[kind]([{"params": [tensor]}])
@@ -212,13 +212,13 @@ def test_what_a_step_changes_is_recorded_per_matrix(kind: str) -> None:
         counts = [sum(last - first for first, last in ranges) for ranges in RANGES.values()]
         assert sums.elements.tolist() == counts
         assert sums.recorded.tolist() == (counts if armed else [0.0] * 3)
-        for found, flat in ((sums.squares, after), (sums.changes, moved * armed)):
-            assert found.tolist() == [
+        for recorded, flat in ((sums.squares, after), (sums.changes, moved * armed)):
+            assert recorded.tolist() == [
                 pytest.approx(sum(float(flat[a:b].square().sum()) for a, b in ranges), rel=1e-5)
                 for ranges in RANGES.values()
             ]
         rates = (sums.weighted_rates / sums.elements).tolist()
-        # Before the first layer groups nobody has seen a rate.
+        # No rate is known before the first step with layer groups.
         assert rates == pytest.approx([0.01 if multipliers else math.nan] * 3, nan_ok=True)
 
 

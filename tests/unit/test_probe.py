@@ -1,4 +1,4 @@
-"""What optimizers take, found out by asking them."""
+"""Test steps determine which views and param groups an optimizer can step."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class WholeMatrix(torch.optim.Optimizer):
 
 
 class ContiguousOnly(torch.optim.SGD):
-    """A kernel that takes any tensor for contiguous, as fused CUDA kernels do."""
+    """A kernel that treats every tensor as contiguous, as fused CUDA kernels do."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.1)
@@ -43,7 +43,7 @@ class ContiguousOnly(torch.optim.SGD):
                 flat.sub_(group["lr"] * param.grad.as_strided((param.numel(),), (1,)))
 
 
-def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_demands_it() -> None:
+def test_inseparable_matrices_are_reported_with_their_optimizer() -> None:
     fused, apart = torch.nn.Parameter(torch.ones(8, 6)), torch.nn.Parameter(torch.ones(6, 6))
 
     def shard(matrix: str, parameter: torch.nn.Parameter, first: int, rows: int) -> MatrixShard:
@@ -51,19 +51,20 @@ def test_what_cannot_be_stepped_in_parts_is_reported_with_the_optimizer_that_dem
         return shard_of(matrix, parameter, (placement,), rows, 6)
 
     shards = [shard("gate", fused, 0, 4), shard("up", fused, 4, 4), shard("down", apart, 0, 6)]
-    found = {}
+    inseparable = {}
     for kind in (WholeMatrix, torch.optim.AdamW):
         optimizer = kind([fused, apart])
         groups = LayerGroups([(optimizer, [SteppedTensor(p, p) for p in (fused, apart)])], shards)
-        found[kind.__name__] = groups.inseparable
-        # Shared, as the controller then makes them, they step.
+        inseparable[kind.__name__] = groups.inseparable
+        # They can be stepped with one multiplier, as the controller then assigns.
         groups.set_multipliers({"gate": 2.0, "up": 2.0, "down": 3.0})
         fused.grad, apart.grad = torch.ones(8, 6), torch.ones(6, 6)
         optimizer.step()
-    assert found == {"WholeMatrix": {"gate": "WholeMatrix", "up": "WholeMatrix"}, "AdamW": {}}
+    whole = {"gate": "WholeMatrix", "up": "WholeMatrix"}
+    assert inseparable == {"WholeMatrix": whole, "AdamW": {}}
 
 
-def test_capability_is_asked_not_known_by_name() -> None:
+def test_supported_views_do_not_depend_on_the_class_name() -> None:
     def tensor() -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.ones(4, 4))
 
@@ -77,7 +78,7 @@ def test_capability_is_asked_not_known_by_name() -> None:
 
 
 class PairedGroups(GroupStepAdamW):
-    """apex's FusedAdam: groups are paired with a list that is made with the optimizer."""
+    """As apex's FusedAdam: groups are paired with a list that is created at construction."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, **SETTINGS)
@@ -104,15 +105,15 @@ class PairedGroups(GroupStepAdamW):
 def test_groups_that_are_paired_at_construction_leave_no_tensor_unstepped(
     group_sizes: tuple[int, ...],
 ) -> None:
-    """The probe sees it; whole tensors step with rates of their own, each exactly once."""
+    """The probe detects it. Whole tensors are stepped at different rates, each exactly once."""
     built = []
     for kind in (PairedGroups, lambda groups: GroupStepAdamW(groups, **SETTINGS)):
         generator = torch.Generator().manual_seed(0)
         groups = [
             [torch.randn(4, 6, generator=generator) for _ in range(size)] for size in group_sizes
         ]
-        optimizer = kind([{"params": found} for found in groups])
-        tensors = [tensor for found in groups for tensor in found]
+        optimizer = kind([{"params": params} for params in groups])
+        tensors = [tensor for params in groups for tensor in params]
         parts = {
             id(t): (SteppedTensor(t, torch.nn.Parameter(t)), ((str(n), ((0, 24),)),))
             for n, t in enumerate(tensors)
@@ -140,7 +141,7 @@ def test_groups_that_are_paired_at_construction_leave_no_tensor_unstepped(
             assert paired["step"] == plain["step"] == 4
 
 
-def test_no_empty_view_is_handed_out() -> None:
+def test_there_are_no_empty_views() -> None:
     """Transformer Engine below 2.18 skips a group that ends in an empty tensor."""
     assert windows([(0, 0), (0, 3), (3, 3), (5, 6)], strided=True) == [
         Window(0, 3, 1, 0),
@@ -156,8 +157,8 @@ def test_no_empty_view_is_handed_out() -> None:
     assert optimizer.seen[-1] == [[24], [0]]
 
 
-def test_one_group_of_very_many_pieces_is_probed() -> None:
-    """A kernel that takes a limited number of tensors in one call, and drops the others."""
+def test_one_group_of_very_many_views_is_probed() -> None:
+    """A kernel that steps only a limited number of tensors per call."""
 
     class Limited(torch.optim.SGD):
         def __init__(self, params: Any) -> None:

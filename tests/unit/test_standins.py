@@ -1,4 +1,4 @@
-"""What stands for GPU packages in the multi-rank tests, against formulas of its own."""
+"""The replacements of GPU packages in the multi-rank tests, against plain formulas."""
 
 import pytest
 import torch
@@ -25,22 +25,22 @@ def test_state_space_layer_is_the_recurrence(random: torch.Generator) -> None:
         h = torch.exp(step * decay[:, None, None]) * h
         h = h + step * b[:, t, :, :, None] * x[:, t, :, None, :]
         expected.append((c[:, t, :, None, :] @ h)[:, :, 0])
-    found = state_space(x, dt, decay, b, c)
-    assert torch.allclose(found, torch.stack(expected, 1), atol=1e-5)
+    result = state_space(x, dt, decay, b, c)
+    assert torch.allclose(result, torch.stack(expected, 1), atol=1e-5)
 
 
-def test_convolution_sees_the_past_alone(random: torch.Generator) -> None:
+def test_convolution_is_causal(random: torch.Generator) -> None:
     mixed = torch.randn(1, 6, 2, generator=random)
     weight, bias = torch.randn(2, 4, generator=random), torch.randn(2, generator=random)
-    found = causal_convolution(mixed, weight, bias)
+    result = causal_convolution(mixed, weight, bias)
     for t in range(6):
         expected = bias.clone()
         for lag in range(min(4, t + 1)):
             expected += weight[:, 3 - lag] * mixed[0, t - lag]
-        assert torch.allclose(found[0, t], expected, atol=1e-5)
+        assert torch.allclose(result[0, t], expected, atol=1e-5)
 
 
-def test_norm_takes_each_group_by_itself(random: torch.Generator) -> None:
+def test_norm_is_per_group(random: torch.Generator) -> None:
     norm = RMSNorm(6, 1e-5, 3, False, "cpu", torch.float32)
     norm.weight.data = torch.arange(1.0, 7.0)
     hidden = torch.randn(2, 6, generator=random)

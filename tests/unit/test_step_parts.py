@@ -1,4 +1,4 @@
-"""Parts of a tensor stepped with rates of their own, against the same matrices as parameters."""
+"""Matrices in one tensor stepped at different rates, against the same matrices as parameters."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tests.unit.fused import MULTIPLIERS, OPTIMIZERS, fused_groups
 
 
 @given(data=st.data())
-def test_windows_show_the_ranges_in_few_views(data: st.DataObject) -> None:
+def test_windows_cover_the_ranges_with_few_views(data: st.DataObject) -> None:
     heads, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     spans = interleaved([("q", 4), ("k", 2)], heads, 0, 6 * heads)
     size = 6 * heads * columns
@@ -24,23 +24,23 @@ def test_windows_show_the_ranges_in_few_views(data: st.DataObject) -> None:
         ranges = flat_ranges(runs, columns, start, stop)
         expected = torch.cat([numbers[:0], *(numbers[first:last] for first, last in ranges)])
         for strided in (False, True):
-            found = windows(ranges, strided=strided)
-            shown = torch.cat([numbers[:0], *(window.of(numbers).flatten() for window in found)])
-            assert torch.equal(shown, expected)
-            assert len(found) <= (3 if strided else len(ranges))
+            chosen = windows(ranges, strided=strided)
+            covered = torch.cat([numbers[:0], *(w.of(numbers).flatten() for w in chosen)])
+            assert torch.equal(covered, expected)
+            assert len(chosen) <= (3 if strided else len(ranges))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @given(data=st.data())
 def test_fused_is_bitwise_separate(kind: str, data: st.DataObject) -> None:
-    """q, k, v fused, in a slice cut anywhere, step as q, k, v apart with the same gradients."""
+    """q, k, v in any slice of a fused weight step as separate parameters with their gradients."""
     heads, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     spans = interleaved([("q", 4), ("k", 2), ("v", 2)], heads, 0, 8 * heads)
     size = 8 * heads * columns
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
     ranges = {m: flat_ranges(runs, columns, start, stop) for m, runs in spans.items()}
-    ranges = {matrix: found for matrix, found in ranges.items() if found}
+    ranges = {matrix: runs for matrix, runs in ranges.items() if runs}
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     fused = torch.randn(stop - start, generator=generator)
     norm = torch.randn(7, generator=generator)
@@ -79,18 +79,16 @@ def halve_state(optimizer: torch.optim.Optimizer) -> None:
                 value.copy_((value / 2).ceil() if value.numel() == 1 else value / 2)
 
 
-# Of three experts. Few, so that they return: what is kept for one must serve it again.
+# Multipliers of three experts. Few patterns, so that they recur and cached plans are used again.
 PATTERNS = ((), (1.0, 1.0, 1.0), (5.0, 5.0, 5.0), (1.0, 5.0, 5.0), (5.0, 1.0, 5.0), (2.0, 5.0, 1.0))
 EVENTS = ("none", "group joins", "loaded", "loaded in place", "other memory", "no gradient")
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @given(data=st.data())
-def test_whatever_lies_between_its_steps_is_bitwise_separate(
-    kind: str, data: st.DataObject
-) -> None:
-    """Three experts side by side, each step with other multipliers: those that are equal share a
-    group, and a view where they touch. What happens to tensors between steps is seen.
+def test_changes_between_steps_are_bitwise_separate(kind: str, data: st.DataObject) -> None:
+    """Three adjacent experts with other multipliers in each step. Experts of equal multiplier share
+    a group, and a view if they are adjacent. Changes of the tensors between steps are noticed.
     """
     experts = [f"expert.{number}" for number in range(3)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -101,7 +99,7 @@ def test_whatever_lies_between_its_steps_is_bitwise_separate(
     ranges = {expert: [(6 * n, 6 * n + 6)] for n, expert in enumerate(experts)}
     groups = fused_groups(optimizer, whole, ranges)
     separate = OPTIMIZERS[kind]([{"params": [tensor]} for tensor in (*apart, others[0])])
-    # Megatron's gradients lie in a buffer that stays; elsewhere each step has new ones.
+    # Megatron's gradients are in a persistent buffer. In plain torch each step has new ones.
     buffer = torch.zeros(18) if data.draw(st.booleans()) else None
     if buffer is not None:
         whole.main_grad = buffer
@@ -144,18 +142,18 @@ def test_whatever_lies_between_its_steps_is_bitwise_separate(
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("between", [{"q": 3.0, "k": 3.0}, {}], ids=["equal", "none"])
-def test_a_step_taken_whole_counts_when_the_parts_come_apart_again(
+def test_a_step_of_the_whole_tensor_is_counted_in_the_views(
     kind: str, between: dict[str, float]
 ) -> None:
-    """Adam's step number is kept per view: a step of the whole tensor must reach it."""
+    """Adam's step counter is copied per view, so a step of the whole tensor must update it."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(12, generator=generator)
     apart = [part.clone() for part in whole.split(6)]
     optimizer = OPTIMIZERS[kind]([{"params": [whole]}])
     groups = fused_groups(optimizer, whole, {"q": [(0, 6)], "k": [(6, 12)]})
     separate = OPTIMIZERS[kind]([{"params": [part]} for part in apart])
-    cut = {"q": 2.0, "k": 1.0}
-    for multipliers in (cut, cut, between, between, cut):
+    different = {"q": 2.0, "k": 1.0}
+    for multipliers in (different, different, between, between, different):
         groups.multipliers = multipliers
         whole.grad = torch.randn(12, generator=generator)
         gradients = whole.grad.split(6)

@@ -1,4 +1,4 @@
-"""Runs `tests/triton` in a process of its own: triton chooses its interpreter when imported."""
+"""Runs `tests/triton` in a separate process: triton selects its interpreter when imported."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton run here by themselves")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton run directly on a GPU")
 def test_the_kernels_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
