@@ -1,10 +1,11 @@
 """Every setting of the extension; the docstring of a field is the help text of its flag."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.matrices.info import MIN_EIGENVALUES
 from megatron_llr.policy_table import POLICIES, names_a_function
 
@@ -30,14 +31,15 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 Kind = Literal["meaning", "changeable", "window", "unsaved", "start", "local"]
-"""What a setting is to a saved state and to the other ranks: metadata of every field.
+"""Whether a setting is saved in a checkpoint and may differ between ranks: metadata of every field.
 
-meaning: gives the saved state its meaning; another value is refused when a run is resumed.
-changeable: another value holds from the resume on.
-window: the saved window holds; another value is reported as not taken.
-unsaved: not part of the saved state.
-start: only says how a run starts; not part of the saved state.
-local: may differ between ranks; not part of the saved state.
+meaning: saved; a resumed run with another value is refused, because the saved multipliers would
+    mean something else.
+changeable: saved; a resumed run may have another value, which applies from then on.
+window: saved; a resumed run keeps the saved value and reports that it ignores another one.
+unsaved: not saved.
+start: not saved; affects only how a run starts.
+local: not saved; may differ between ranks.
 """
 _MEANING: dict[str, Kind] = {"kind": "meaning"}
 _CHANGEABLE: dict[str, Kind] = {"kind": "changeable"}
@@ -52,12 +54,35 @@ def flag(field: str) -> str:
     return "--llr-" + field.replace("_", "-")
 
 
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+_BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "min_multiplier": (_positive, "a finite number above 0"),
+    "max_multiplier": (_positive, "a finite number above 0"),
+    "interval": (lambda n: n >= 1, "a whole number of at least 1"),
+    "ramp_iters": (lambda n: n >= 0, f"a whole number from 0, less than {flag('interval')}"),
+    "active_fraction": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "active_iters": (lambda n: n is None or n >= 1, "a whole number of at least 1"),
+    "quantile": (lambda x: 0 <= x < 0.5, "at least 0 and less than 0.5"),
+    "depth_floor": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "farms_rows": (
+        lambda n: n >= MIN_EIGENVALUES,
+        f"a whole number of at least {MIN_EIGENVALUES}",
+    ),
+    "farms_windows": (lambda n: n >= 1, "a whole number of at least 1"),
+    "measure_memory": (_positive, "a finite number of GB above 0"),
+}
+"""Setting -> whether a value is valid, and the valid values in words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LLRConfig:
     """Layerwise learning rates: how spectra become multipliers, and when."""
 
     policy: str = field(default="esd", metadata=_MEANING)
-    """What gives every matrix its multiplier: POLICIES; or package.module:function, a function of
+    """How every matrix gets its multiplier: POLICIES; or package.module:function, a function of
     your own."""
 
     min_multiplier: float = field(default=1.0, metadata=_MEANING)
@@ -87,25 +112,25 @@ class LLRConfig:
     log2, sigmoid. With block- before it (block-linear) each block is mapped by itself."""
 
     inverse: bool = field(default=False, metadata=_MEANING)
-    """Turn the direction round: the heaviest tail, or with a depth policy the last block, gets the
+    """Reverse the direction: the heaviest tail, or with a depth policy the last block, gets the
     largest multiplier."""
 
     quantile: float = field(default=0.05, metadata=_MEANING)
     """Share of the exponents clipped at either end by the quantile mappings."""
 
     mean_preserving: bool = field(default=False, metadata=_MEANING)
-    """Divide the multipliers by their mean, so that the mean over all matrices but embedding and
-    head is 1. What --llr-embedding gives those two is not divided; what a policy's own table or
-    formula gives them is."""
+    """Divide the multipliers by their mean, so that the mean over all matrices except embedding and
+    head is 1. The multiplier that --llr-embedding gives those two is not divided; one from a
+    policy's own table or formula is."""
 
     granularity: Granularity = field(default="projection", metadata=_MEANING)
-    """What shares a multiplier: projection (nothing: q, k, v, gate, up each its own), a Megatron
-    parameter, a role over all blocks, or a block. The matrices that share get the mean of their
-    multipliers, weighted by size."""
+    """Which matrices share a multiplier: projection (none: q, k, v, gate and up each have their
+    own), those of a Megatron parameter, of a role over all blocks, or of a block. They get the mean
+    of their multipliers, weighted by size."""
 
     role_table: str | None = field(default=None, metadata=_MEANING)
     """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
-    does not name, embedding and head among them, keep 1. Or llr: the constants that LLR converged
+    does not name, including embedding and head, keep 1. Or llr: the constants that LLR converged
     to."""
 
     depth_floor: float = field(default=0.1, metadata=_MEANING)
@@ -120,28 +145,28 @@ class LLRConfig:
     decoupled: every matrix decays as at multiplier 1."""
 
     step: StepWay = field(default="auto", metadata=_UNSAVED)
-    """How an optimizer steps its matrices at rates of their own. fused: all of them in one kernel
+    """How an optimizer steps each matrix at its own learning rate. fused: all of them in one kernel
     launch, for Adam with fp32 weights and moments on CUDA. grouped: in param groups, for every
-    element-wise optimizer. auto: fused where the optimizer can, else grouped."""
+    element-wise optimizer. auto: fused where the optimizer supports it, else grouped."""
 
     embedding: str = field(default="max", metadata=_MEANING)
     """Multiplier of embedding and head: max (that of --llr-max-multiplier, as published), one,
     measured (from their own spectra), or a number."""
 
     router: RouterPolicy = field(default="one", metadata=_MEANING)
-    """Multiplier of the routers of a mixture of experts, whose spectra are measured in any case:
-    one, with the router left out when exponents are compared, or policy (what --llr-policy gives
-    it, as one matrix among the others)."""
+    """Multiplier of the routers of a mixture of experts, whose spectra are always measured: one,
+    with the routers left out when exponents are compared, or policy (the multiplier that
+    --llr-policy gives them, like any other matrix)."""
 
     spectrum: SpectrumMode = field(default="exact", metadata=_MEANING)
     """exact: the spectrum of the whole matrix, the same on every layout. sharded: the pooled
     singular values of its tensor-parallel shards; cheaper, biased, depends on the layout. farms:
     the pooled spectra of square submatrices of the whole matrix (FARMS, arXiv 2506.06280), so that
-    the exponent does not depend on its aspect ratio; dearer, the same on every layout."""
+    the exponent does not depend on its aspect ratio; more expensive, the same on every layout."""
 
     spectrum_source: SpectrumSource = field(default="model", metadata=_MEANING)
-    """Weights that are measured. model: those that the model computes with, quantised ones
-    dequantised. master: the optimizer's fp32 copies, gathered for the measurement, which then takes
+    """Weights that are measured. model: those that the model computes with; quantised ones are
+    dequantised. master: the optimizer's fp32 copies, gathered for the measurement, which needs
     memory for a rank's share of them."""
 
     farms_rows: int = field(default=2000, metadata=_MEANING)
@@ -156,88 +181,64 @@ class LLRConfig:
     one."""
 
     log_dir: str | None = field(default=None, metadata=_LOCAL)
-    """Folder for measurements.csv and learning_rates.csv; none are written without it."""
+    """Folder for measurements.csv and learning_rates.csv; without it they are not written."""
 
     log_relative_update: bool = field(default=False, metadata=_UNSAVED)
-    """At every --log-interval also log the relative update of every matrix: the norm of what the
-    update changed over the norm of the weights. Costs a copy of the weights that a rank's optimizer
-    steps (4 bytes each in fp32), for the duration of such an update."""
+    """At every --log-interval also log the relative update of every matrix: the norm of the change
+    over the norm of the weights. Costs a copy of the weights that a rank's optimizer steps (4 bytes
+    each in fp32) during such an update."""
 
     log_matrices: LogMatrices = field(default="all", metadata=_UNSAVED)
-    """What has rows in the CSV files, curves, and a line of --llr-dry-run: all (every matrix by
-    itself) or roles (every role of every block: the experts of a block by mean, minimum and
-    maximum; singular values are not kept). For models of thousands of experts."""
+    """Rows of the CSV files, curves, and lines of --llr-dry-run: all (one per matrix) or roles (one
+    per role and block: the experts of a block by mean, minimum and maximum; singular values are not
+    kept), for models with thousands of experts."""
 
     skip_unknown: bool = field(default=False, metadata=_UNSAVED)
-    """Train weights that this package cannot name at multiplier 1, and say which, instead of
+    """Train weights that this package cannot name at multiplier 1 and list them, instead of
     refusing the model."""
 
     reset_state: bool = field(default=False, metadata=_START)
-    """Ignore the extension's state in the checkpoint and start the multipliers afresh."""
+    """Ignore the extension's state in the checkpoint and start the multipliers again from 1."""
 
     def __post_init__(self) -> None:
         """Check every value; a wrong one is a ValueError that names its flag."""
         if self.policy not in POLICIES and not names_a_function(self.policy):
-            raise _bad("policy", self.policy, f"{', '.join(POLICIES)}, or package.module:function")
+            allowed = f"one of {', '.join(POLICIES)}, or package.module:function"
+            raise _invalid("policy", self.policy, allowed)
         _check_choices(self)
-        self._check_multipliers()
-        self._check_windows()
-        self._check_timing()
-        self.embedding_multiplier()
-
-    def _check_multipliers(self) -> None:
-        for name in ("min_multiplier", "max_multiplier"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise _bad(name, value, "a finite number above 0")
+        for name, (is_valid, allowed) in _BOUNDS.items():
+            if not is_valid(getattr(self, name)):
+                raise _invalid(name, getattr(self, name), allowed)
         if self.min_multiplier > self.max_multiplier:
-            raise _bad(
-                "min_multiplier",
-                self.min_multiplier,
-                f"at most {flag('max_multiplier')} {self.max_multiplier}",
+            allowed = f"at most {flag('max_multiplier')}, which is {self.max_multiplier}"
+            raise _invalid("min_multiplier", self.min_multiplier, allowed)
+        if self.ramp_iters >= self.interval:
+            # A ramp that outlasts the interval would never reach its target.
+            allowed = f"from 0 to {self.interval - 1}, less than {flag('interval')}"
+            raise _invalid("ramp_iters", self.ramp_iters, allowed)
+        if self.policy == "fixed" and self.role_table is None:
+            raise input_error(
+                f"{flag('policy')} fixed needs a table of multipliers. Set {flag('role_table')} to "
+                f"a file or to {LLR_TABLE}."
             )
-
-        if (self.role_table is not None) != (self.policy == "fixed"):
-            allowed = f"a file or {LLR_TABLE}, with {flag('policy')} fixed alone"
-            raise _bad("role_table", self.role_table, allowed)
-        if not 0 <= self.quantile < 0.5:
-            raise _bad("quantile", self.quantile, "0 up to, not including, 0.5")
-        if not 0 < self.depth_floor <= 1:
-            raise _bad("depth_floor", self.depth_floor, "above 0, at most 1")
+        if self.policy != "fixed" and self.role_table is not None:
+            raise input_error(
+                f"{flag('role_table')} {self.role_table} has no effect with {flag('policy')} "
+                f"{self.policy}. Use {flag('policy')} fixed, or leave {flag('role_table')} out."
+            )
         if self.policy == "embedding-only" and self.embedding == "measured":
             allowed = f"max, one, or a number with {flag('policy')} embedding-only"
-            raise _bad("embedding", self.embedding, allowed)
+            raise _invalid("embedding", self.embedding, allowed)
         if self.policy == "alphadecay" and self.weight_decay == "decoupled":
             allowed = f"coupled with {flag('policy')} alphadecay, which sets the decay itself"
-            raise _bad("weight_decay", self.weight_decay, allowed)
-
-    def _check_windows(self) -> None:
-        if self.farms_rows < MIN_EIGENVALUES:
-            raise _bad("farms_rows", self.farms_rows, f"a whole number from {MIN_EIGENVALUES}")
-        if self.farms_windows < 1:
-            raise _bad("farms_windows", self.farms_windows, "a whole number from 1")
-
-        if not (math.isfinite(self.measure_memory) and self.measure_memory > 0):
-            raise _bad("measure_memory", self.measure_memory, "a finite number of GB above 0")
-
-    def _check_timing(self) -> None:
-        if self.interval < 1:
-            raise _bad("interval", self.interval, "a whole number from 1")
-        if not 0 <= self.ramp_iters < self.interval:
-            # A ramp that outlasts the interval would never reach its target.
-            raise _bad(
-                "ramp_iters", self.ramp_iters, f"0 to {flag('interval')} - 1 = {self.interval - 1}"
-            )
-        if not 0 < self.active_fraction <= 1:
-            raise _bad("active_fraction", self.active_fraction, "above 0, at most 1")
-        if self.active_iters is not None and self.active_iters < 1:
-            raise _bad("active_iters", self.active_iters, "a whole number from 1")
+            raise _invalid("weight_decay", self.weight_decay, allowed)
+        self.embedding_multiplier()
 
     def embedding_multiplier(self) -> float | None:
-        """Multiplier that `embedding` fixes for embedding and head, or None where it is measured.
+        """Multiplier that `embedding` fixes for embedding and head, or None if it is measured.
 
         Raises:
-            ValueError: if `embedding` is neither a known word nor a positive finite number.
+            ValueError: if `embedding` is neither one of the names nor a positive finite number.
         """
         fixed = {"max": self.max_multiplier, "one": 1.0, "measured": None}
         if self.embedding in fixed:
@@ -246,9 +247,9 @@ class LLRConfig:
             value = float(self.embedding)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value > 0):
-            allowed = ", ".join(get_args(EmbeddingPolicy)) + ", or a finite number above 0"
-            raise _bad("embedding", self.embedding, allowed)
+        if not _positive(value):
+            allowed = f"one of {', '.join(get_args(EmbeddingPolicy))}, or a finite number above 0"
+            raise _invalid("embedding", self.embedding, allowed)
         return value
 
     def meaning(self) -> dict[str, Any]:
@@ -269,21 +270,20 @@ class ScriptConfig:
     """Print every matrix with its shape, owner and starting multiplier, then stop."""
 
     explain: str | None = field(default=None, metadata=_START)
-    """Id of a matrix, as block.3.attention.q. Before the first update, print why it has its
-    learning rate: shards, exponent, policy, target, ramp, base learning rate, weight decay. With
-    --llr-dry-run and --load: of the run that saved the checkpoint."""
+    """Id of a matrix, for instance block.3.attention.q. Before the first update, print why it has
+    its learning rate: shards, exponent, policy, target, ramp, base learning rate, weight decay.
+    With --llr-dry-run and --load, for the run that saved the checkpoint."""
 
     same_start: bool = field(default=False, metadata=_START)
-    """Initial weights that depend on --seed alone: every matrix is drawn whole, so that a run on
-    another layout begins at the same weights. Without it they are Megatron's own. Of the
-    pretraining script alone, like the next."""
+    """Initial weights that depend only on --seed: every matrix is drawn whole, so that a run on
+    another layout begins at the same weights. Without it they are Megatron's own."""
 
     fixed_validation: bool = field(default=False, metadata=_START)
-    """Every evaluation on the same validation samples, whatever --seed: the first --eval-iters
-    batches in an order of their own. Without it Megatron goes on to other samples each time."""
+    """Every evaluation on the same validation samples for every --seed: --eval-iters batches in a
+    fixed order. Without it Megatron takes other samples each time."""
 
     device: DeviceName = field(default="auto", metadata=_START)
-    """Where the job runs: auto (cuda where there is a GPU), cuda or cpu."""
+    """Where the job runs: auto (cuda if there is a GPU), cuda or cpu."""
 
     def __post_init__(self) -> None:
         """Check every value; a wrong one is a ValueError that names its flag."""
@@ -291,7 +291,7 @@ class ScriptConfig:
 
 
 def settings_of(config_type: type[LLRConfig | ScriptConfig], *kinds: Kind) -> tuple[str, ...]:
-    """Names of the settings of some kinds, in their order."""
+    """Names of the settings of the given kinds, in the order of the fields."""
     return tuple(each.name for each in fields(config_type) if each.metadata["kind"] in kinds)
 
 
@@ -305,8 +305,8 @@ def _check_choices(config: LLRConfig | ScriptConfig) -> None:
     for each in fields(config):
         value = getattr(config, each.name)
         if get_origin(each.type) is Literal and value not in get_args(each.type):
-            raise _bad(each.name, value, ", ".join(get_args(each.type)))
+            raise _invalid(each.name, value, f"one of {', '.join(get_args(each.type))}")
 
 
-def _bad(field: str, got: object, allowed: str) -> ValueError:
-    return user_error(f"bad {flag(field)}", got=got, allowed=allowed, remedy=f"set {flag(field)}")
+def _invalid(field: str, value: object, allowed: str) -> ValueError:
+    return input_error(f"{flag(field)} {value} is not valid. It must be {allowed}.")

@@ -1,4 +1,4 @@
-"""The controller: measures when due, moves the multipliers, and knows the state of both."""
+"""The controller of a run: measure when due, apply the policy, move the multipliers, save state."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from megatron_llr.config import LLRConfig, flag, settings_of
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.measurement.measure import Measurement, SpectrumEngine
+from megatron_llr.measurement.measure import SpectrumEngine
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
@@ -25,7 +25,7 @@ from megatron_llr.telemetry.observer import Observer
 from megatron_llr.telemetry.rates import matrix_rates
 from megatron_llr.telemetry.tables import block_table, by_role, matrix_table, role_table
 
-# From so many matrices on the log names the flag that makes it shorter.
+# Above this many matrices, suggest `--llr-log-matrices roles`.
 _MANY = 2000
 
 
@@ -75,14 +75,14 @@ class LayerwiseController:
         self._stepped = False
 
     def prepare(self, iteration: int | None = None) -> None:
-        """Begin, or go on where a loaded state stood. Enter on all ranks, once.
+        """Start, or continue from a loaded state. Enter on all ranks, once.
 
         Args:
-            iteration: updates done before this run, where it was not known to `make_controller`.
+            iteration: updates done before this run, if it was not known to `make_controller`.
 
         Raises:
             ValueError: if the window for measurements has passed.
-            RuntimeError: if the log folder is unusable, or ranks stand at different updates or have
+            RuntimeError: if the log folder is unusable, or ranks are at different updates or have
                 different states.
         """
         assert self._schedule is None, "prepare() was called twice"
@@ -99,11 +99,11 @@ class LayerwiseController:
             },
             lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
         )
-        # Before the log is cut: a start that this refuses leaves it as it was.
+        # Before the log is truncated: a run that this refuses leaves it unchanged.
         if self._document is None:
             self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
         else:
-            # The saved window holds; a longer --train-iters does not move it.
+            # The saved window is kept; a longer --train-iters does not move it.
             self._schedule = MultiplierSchedule.resume(
                 self.config, self._steppable(self._document["schedule"])
             )
@@ -134,12 +134,17 @@ class LayerwiseController:
         assert self._schedule is not None
         self._synchronize()
         measurement = self._engine.measure()
-        alphas = self._exponents(measurement)
-        targets = self._targets(alphas)
+        alphas = {}
+        for matrix, info in self.matrix_index.items():
+            if info.tunable:
+                record = measurement.table.get(matrix)
+                alpha = record.alpha(self.config.estimator) if record else None
+                alphas[matrix] = math.nan if alpha is None else alpha
+        targets = self._policy_targets(alphas)
         shared = self._shared(targets)
         self._schedule.observe(self.next_update, shared)
         self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
-        # A policy may leave others out on purpose.
+        # A policy may leave other matrices out on purpose.
         kept = [m for m, alpha in alphas.items() if m not in targets and not math.isfinite(alpha)]
         self._observer.say_measured(
             self.next_update, len(measurement.table), measurement.seconds, kept
@@ -169,7 +174,7 @@ class LayerwiseController:
 
     @property
     def alphas(self) -> dict[MatrixId, float]:
-        """Matrix id -> exponent (of `config.estimator`) that the last measurement found."""
+        """Matrix id -> exponent (of `config.estimator`) from the last measurement."""
         return dict(self._alphas)
 
     def role_summary(self) -> str:
@@ -179,8 +184,9 @@ class LayerwiseController:
         return role_table(counts, alphas, factors, self.config.estimator)
 
     def describe(self) -> str:
-        """A table of every matrix: id, role, shape, shards, owner, multiplier; or, as
-        `config.log_matrices` says, of every block and role.
+        """A table of every matrix: id, role, shape, shards, owner, multiplier.
+
+        With `log_matrices="roles"`, of every block and role.
         """
         table = block_table if self.config.log_matrices == "roles" else matrix_table
         return table(self.matrix_index, self._engine.owners, self.multipliers)
@@ -194,9 +200,9 @@ class LayerwiseController:
         return str(self.explanation(matrix))
 
     def explanation(self, name: str) -> Explanation:
-        """What `explain` says, as values. Needs no other rank.
+        """The values that `explain` prints. Needs no other rank.
 
-        The base learning rate and the weight decay are known to the ranks that step the matrix.
+        Only the ranks that step the matrix know the base learning rate and the weight decay.
         """
         matrix = find_matrix(name, self.matrix_index)
         return explain_matrix(
@@ -215,27 +221,30 @@ class LayerwiseController:
     def state_dict(self) -> dict[str, Any]:
         """The state document: plain JSON values, identical on every rank.
 
-        Before `prepare` it is what was loaded, or empty, so that a checkpoint saved before training
-        loses nothing.
+        Before `prepare` it is the loaded document or empty, so that a checkpoint saved before
+        training loses nothing.
         """
         if self._schedule is None:
             return dict(self._document or {})
+        # The window of a loaded state is kept, even if this run's flags differ.
+        timing = self._document["timing"] if self._document is not None else {}
+        window = {name: timing[name] for name in settings_of(LLRConfig, "window") if name in timing}
         return {
             "version": state.VERSION,
             "next_update": self.next_update,
             "matrices": [str(matrix) for matrix in self.matrix_index],
             "meaning": dict(self._meaning),
-            "timing": {**self.config.timing(), **self._saved_window()},
+            "timing": {**self.config.timing(), **window},
             "schedule": self._schedule.state_dict(),
             # JSON has no NaN.
             "alphas": {str(m): None if math.isnan(a) else a for m, a in self._alphas.items()},
         }
 
     def load_state_dict(self, document: Mapping[str, Any]) -> None:
-        """Take a saved state document; `prepare` goes on from it.
+        """Take a saved state document; `prepare` continues from it.
 
         Raises:
-            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
+            ValueError: if this run cannot continue from it (`--llr-reset-state` ignores it).
         """
         if self.config.reset_state or not document:
             return
@@ -243,13 +252,11 @@ class LayerwiseController:
             self._observer.say(line)
         self._document = dict(document)
 
-    def _saved_window(self) -> dict[str, Any]:
-        """What a loaded state says of the window: it holds, whatever this run's flags say."""
-        timing = self._document["timing"] if self._document is not None else {}
-        return {name: timing[name] for name in settings_of(LLRConfig, "window") if name in timing}
-
     def _steppable(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A saved schedule that this run's optimizer can step: it may have stepped parts before."""
+        """A saved schedule, averaged over the matrices that this run's optimizer cannot separate.
+
+        The optimizer of the run that saved it may have been able to step parts of a tensor.
+        """
         if not self._inseparable or saved["observed_at"] is None:
             return saved
         tables = {
@@ -259,10 +266,10 @@ class LayerwiseController:
         return {**saved, **tables}
 
     def _ask_who_reads(self) -> None:
-        """Learn what any rank writes: what nobody reads is neither worked out nor sent."""
+        """Gather what every rank writes: values that no rank reads are not computed or sent."""
         observer = self._observer
-        told = gather_objects((observer.writes, observer.reads_spectra))
-        rates_read = any(writes for writes, _ in told)
+        readers = gather_objects((observer.writes, observer.reads_spectra))
+        rates_read = any(writes for writes, _ in readers)
         if rates_read:
             self._recorder = StepRecorder(
                 self._layer_groups.parts_in(self._catalog),
@@ -270,7 +277,7 @@ class LayerwiseController:
                 self._device,
                 updates=self.config.log_relative_update,
             )
-        self._engine.readers = [rank for rank, (_, reads) in enumerate(told) if reads]
+        self._engine.readers = [rank for rank, (_, reads) in enumerate(readers) if reads]
         every_matrix = rates_read and self.config.log_matrices == "all"
         if every_matrix and len(self.matrix_index) > _MANY:
             observer.say(
@@ -278,20 +285,11 @@ class LayerwiseController:
                 f"{flag('log_matrices')} roles logs blocks and roles instead"
             )
 
-    def _exponents(self, measurement: Measurement) -> dict[MatrixId, float]:
-        """Exponent of every tunable matrix; NaN where there is none."""
-        exponents = {}
-        for matrix, info in self.matrix_index.items():
-            if info.tunable:
-                record = measurement.table.get(matrix)
-                alpha = record.alpha(self.config.estimator) if record else None
-                exponents[matrix] = math.nan if alpha is None else alpha
-        return exponents
-
-    def _targets(self, alphas: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
+    def _policy_targets(self, alphas: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
+        """Multipliers that the policy maps exponents to (NaN: none), the same on every rank."""
         targets = together(lambda: targets_for(alphas, self.config))
         if self.config.policy not in POLICIES:
-            # Someone else's code, run by every rank: nothing keeps it from drawing at random.
+            # The user's own function runs on every rank and may give random or local values.
             require_equal(
                 {f"target of {matrix}": targets.get(matrix) for matrix in alphas},
                 lambda _: f"make {self.config.policy} give the same on every rank",
@@ -299,9 +297,9 @@ class LayerwiseController:
         return targets
 
     def _shared(self, targets: Mapping[MatrixId, float]) -> dict[MatrixId, float]:
-        """Targets of all matrices, equal where `--llr-granularity` or an optimizer demands it."""
+        """Targets of all matrices, averaged where they share one (granularity or optimizer)."""
         assert self._schedule is not None
-        # What is too small to be measured is at 1, whatever it last shared with others.
+        # A matrix that is too small to be measured counts as 1, not as the mean it last shared.
         before = {m: v for m, v in self._schedule.targets.items() if self.matrix_index[m].tunable}
         return share_multipliers(
             {**before, **targets},
@@ -315,7 +313,7 @@ class LayerwiseController:
         return self._recorder is not None and update % self._observer.log_interval == 0
 
     def _observe_rates(self, done: int) -> None:
-        """Learning rates that update `done` used, norms after it, its own: one all-reduce."""
+        """Log the learning rates of update `done` and the norms after it: one all-reduce."""
         assert self._schedule is not None
         assert self._recorder is not None
         sums = self._recorder.local_sums()

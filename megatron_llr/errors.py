@@ -1,23 +1,34 @@
-"""Errors that say what, what was got, what is allowed, and what mends it."""
+"""Errors for users: what is wrong, what was given, what is allowed, which flag or action fixes it.
+
+The text is the same on every rank.
+"""
 
 
 def message(what: str, *, got: object, allowed: str, remedy: str) -> str:
-    """One line in the form that every error of this package takes."""
-    return f"megatron_llr: {what}: got {got}; allowed: {allowed}; {remedy}"
+    """The text of an error about one value: a line of short sentences.
+
+    Args:
+        what: what is wrong, without a full stop.
+        got: the value given.
+        allowed: the values allowed.
+        remedy: an instruction that fixes it.
+    """
+    instruction = remedy[:1].upper() + remedy[1:]
+    return f"megatron_llr: {what}: {got}. Allowed: {allowed}. {instruction}."
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows in further lines."""
+    """The first line of an error's text; empty if it has none."""
     return (str(error).splitlines() or [""])[0]
 
 
 def user_error(what: str, *, got: object, allowed: str, remedy: str) -> ValueError:
-    """An error that a user mends by changing a flag, a file or an installed package."""
+    """An error that a user fixes by changing a flag, a file or an installed package."""
     return ValueError(message(what, got=got, allowed=allowed, remedy=remedy))
 
 
 def input_error(text: str) -> ValueError:
-    """An error in what a user gave, in sentences.
+    """The same in the caller's own sentences.
 
     They say what is wrong, what was given, what is allowed, and which flag or action fixes it.
     """
@@ -25,5 +36,5 @@ def input_error(text: str) -> ValueError:
 
 
 def topology_error(what: str, *, got: object, allowed: str, remedy: str) -> RuntimeError:
-    """An error in how ranks are arranged or in what they tell each other."""
+    """An error in how ranks are arranged, or a difference between them."""
     return RuntimeError(message(what, got=got, allowed=allowed, remedy=remedy))

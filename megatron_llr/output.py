@@ -46,9 +46,10 @@ def cannot_write(folder: Path, cause: BaseException) -> ValueError:
     )
 
 
-def and_more(names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def and_more(names: Sequence[str], shown: int = 1) -> str:
+    """The first names, and how many more there are: `a, b and 3 more`."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """When spectra are measured and what every multiplier is at every update: a pure state machine.
 
-`s` is the number of an update, from 1. A measurement *at* s precedes update s; its targets take
-hold from update s on, over a ramp, so that no learning rate jumps.
+`s` is the number of an update, from 1. A measurement *at* s precedes update s; from update s on the
+multipliers move to its targets over a ramp, so that no learning rate jumps.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.matrices.ids import MatrixId
 
 
@@ -23,22 +23,21 @@ def window_end(config: LLRConfig, total_updates: int, start: int = 1) -> int:
         start: update at which the extension is switched on.
 
     Raises:
-        ValueError: if no update from `start` on lies in the window.
+        ValueError: if no update from `start` on is in the window.
     """
     if config.active_iters is not None:
         end = min(config.active_iters, total_updates)
-        field, got = "active_iters", config.active_iters
+        setting = f"{flag('active_iters')} {config.active_iters}"
     else:
         # 0.29 * 100 is 28.999999999999996 in binary; the user wrote 29.
         length = math.floor(config.active_fraction * total_updates + 1e-9)
         end = min(start - 1 + length, total_updates)
-        field, got = "active_fraction", config.active_fraction  # type: ignore[assignment]
+        setting = f"{flag('active_fraction')} {config.active_fraction}"
     if end < start:
-        raise user_error(
-            f"{flag(field)} leaves no update to measure before",
-            got=f"{got} with {total_updates} updates, switched on at update {start}",
-            allowed=f"a window that reaches update {start}",
-            remedy=f"raise {flag(field)}, or train longer with --train-iters",
+        raise input_error(
+            f"{setting} leaves no update to measure before: it ends the window at update {end} of "
+            f"{total_updates}, and this run starts at update {start}. The window must reach update "
+            f"{start}: raise {setting.split()[0]}, or train longer with --train-iters."
         )
     return end
 
@@ -56,7 +55,7 @@ class MultiplierSchedule:
         start: update at which the extension is switched on.
 
     Raises:
-        ValueError: if the window holds no update.
+        ValueError: if the window has no update.
     """
 
     def __init__(self, config: LLRConfig, total_updates: int, *, start: int = 1) -> None:
@@ -93,7 +92,7 @@ class MultiplierSchedule:
 
     @property
     def targets(self) -> dict[MatrixId, float]:
-        """Multipliers that the last ramp leads to, or has led to."""
+        """Multipliers at the end of the last ramp."""
         return dict(self._new)
 
     def settled(self, s: int) -> bool:
@@ -126,17 +125,17 @@ class MultiplierSchedule:
 
         Args:
             s: update, from 1.
-            matrices: those that are asked for, by default all; one without a target is left out.
+            matrices: ids of the matrices, by default all; one without a target is left out.
         """
         if self._observed_at is None:
             return {}
         progress = self._progress(s)
-        asked = self._new if matrices is None else [m for m in matrices if m in self._new]
+        selected = self._new if matrices is None else [m for m in matrices if m in self._new]
         if progress >= 1.0:
-            return {matrix: self._new[matrix] for matrix in asked}
+            return {matrix: self._new[matrix] for matrix in selected}
         return {
             matrix: self._old[matrix] + (self._new[matrix] - self._old[matrix]) * progress
-            for matrix in asked
+            for matrix in selected
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,12 +151,12 @@ class MultiplierSchedule:
 
     @classmethod
     def resume(cls, config: LLRConfig, state: Mapping[str, Any]) -> "MultiplierSchedule":
-        """Go on where a saved schedule stood; its window is kept, whatever the flags say now."""
+        """Continue a saved schedule. Its window is kept even if the flags have changed."""
         schedule = cls.__new__(cls)
         schedule._begin(config, int(state["start"]), int(state["window_end"]))
         observed_at = state["observed_at"]
         schedule._observed_at = None if observed_at is None else int(observed_at)
-        # A ramp that was under way keeps its length, even if --llr-ramp-iters has changed.
+        # A ramp in progress keeps its length, even if --llr-ramp-iters has changed.
         schedule._current_ramp = int(state["ramp"])
         schedule._old = {MatrixId.read(m): float(value) for m, value in state["old"].items()}
         schedule._new = {MatrixId.read(m): float(value) for m, value in state["new"].items()}

@@ -1,38 +1,39 @@
-"""The extension's state as a small JSON document, versioned; what a checkpoint carries."""
+"""The extension's state in a checkpoint: a small JSON document with a version."""
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag, settings_of
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.matrices.info import MatrixIndex
+from megatron_llr.output import and_more
 
 VERSION = 2
-"""Of the form that a checkpoint holds: a list of matrix ids, and lists of numbers in its order."""
+"""Version of the document: a list of matrix ids, and lists of numbers in its order."""
 KEY = "megatron_llr"
 """Key of the document in the scheduler's state dict; always present, so that every checkpoint
 format finds the same structure."""
 
-# In a list beside the ids: a matrix that the table does not name. Null is a number that is none.
+# In such a list, marks a matrix that the table does not name. Null is a NaN.
 _UNNAMED = False
+
+_RESET = f"use {flag('reset_state')} to drop the saved state and start the multipliers again from 1"
 
 
 def encode(document: Mapping[str, Any]) -> str:
-    """The document as one string: plain for any checkpoint format, floats exact.
+    """The document as one string, which any checkpoint format can store; floats are exact.
 
     Tables by matrix id become lists in the order of `matrices`: with thousands of experts most of
     the document would be ids.
     """
     matrices = document["matrices"]
-
-    def listed(table: Mapping[str, Any]) -> Any:
-        if not table:
-            return {}
-        return [table.get(matrix, _UNNAMED) for matrix in matrices]
-
-    packed = {**_tables(document, listed), "version": VERSION}
+    tables = {
+        name: [table.get(matrix, _UNNAMED) for matrix in matrices] if table else {}
+        for name, table in _tables(document).items()
+    }
+    packed = {**_with_tables(document, tables), "version": VERSION}
     return json.dumps(packed, separators=(",", ":"), allow_nan=False)
 
 
@@ -46,49 +47,39 @@ def decode(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(text)
-        # Another version is refused by `check`.
-        return dict(document) if int(document["version"]) != VERSION else _unlisted(document)
+        if int(document["version"]) != VERSION:
+            return dict(document)  # refused by `check`
+        matrices = document["matrices"]
+        tables = {}
+        for name, listed in _tables(document).items():
+            named = zip(matrices, listed, strict=True) if listed else ()
+            tables[name] = {matrix: value for matrix, value in named if value is not _UNNAMED}
+        return _with_tables(document, tables)
     except (TypeError, KeyError, ValueError) as broken:
-        raise user_error(
-            "the checkpoint's extension state cannot be read",
-            got=repr(text[:60]),
-            allowed=f"a JSON document of version {VERSION}",
-            remedy=f"{flag('reset_state')} starts the multipliers afresh",
+        raise input_error(
+            f"The extension's state in the checkpoint cannot be read. It begins with {text[:60]!r} "
+            f"and must be a JSON document of version {VERSION}. To continue, {_RESET}."
         ) from broken
 
 
-def _unlisted(document: Mapping[str, Any]) -> dict[str, Any]:
-    def table(listed: Any) -> dict[str, Any]:
-        if not listed:
-            return {}
-        named = zip(document["matrices"], listed, strict=True)
-        return {matrix: value for matrix, value in named if value is not _UNNAMED}
-
-    return _tables(document, table)
-
-
-def _tables(document: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The document with another form of its tables by matrix id."""
+def _tables(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables by matrix id in a document."""
     schedule = document["schedule"]
-    return {
-        **document,
-        "schedule": {**schedule, "old": change(schedule["old"]), "new": change(schedule["new"])},
-        "alphas": change(document["alphas"]),
-    }
+    return {"old": schedule["old"], "new": schedule["new"], "alphas": document["alphas"]}
+
+
+def _with_tables(document: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with other tables by matrix id."""
+    schedule = {**document["schedule"], "old": tables["old"], "new": tables["new"]}
+    return {**document, "schedule": schedule, "alphas": tables["alphas"]}
 
 
 def digest(document: Mapping[str, Any] | None) -> str:
-    """A few words that tell one document from another."""
+    """A short text that differs between documents: the next update and a hash."""
     if document is None:
         return "none"
     code = hashlib.sha256(encode(document).encode()).hexdigest()[:12]
     return f"that of update {document['next_update']} ({code})"
-
-
-def _some(names: Collection[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return (", ".join(listed[:3]) + more) or "none"
 
 
 def check(
@@ -97,36 +88,34 @@ def check(
     matrix_index: MatrixIndex,
     meaning: Mapping[str, Any],
 ) -> list[str]:
-    """Refuse a document that this run cannot go on from.
+    """Refuse a document that this run cannot continue from.
 
     Args:
-        document: as `decode` gives it.
+        document: from `decode`.
         config: settings of this run.
         matrix_index: matrices of this run.
-        meaning: what this run's state would keep as its meaning.
+        meaning: what this run's state would save as its meaning.
 
     Returns:
-        A line for every setting that differs and may.
+        A line for every setting that differs and is allowed to.
 
     Raises:
-        ValueError: if the version is another, the matrices are others, or a setting that gives the
-            saved multipliers their meaning has changed.
+        ValueError: if the version or the matrices differ, or a setting that gives the saved
+            multipliers their meaning has changed.
     """
-    remedy = f"{flag('reset_state')} drops the saved state and starts the multipliers afresh"
     if int(document["version"]) != VERSION:
-        raise user_error(
-            "the checkpoint's extension state is of another version",
-            got=document["version"],
-            allowed=f"version {VERSION}",
-            remedy=f"install the megatron-llr that wrote it; {remedy}",
+        raise input_error(
+            f"The extension's state in the checkpoint has version {document['version']}. This "
+            f"package reads version {VERSION}. Install the megatron-llr that wrote it, or {_RESET}."
         )
     saved, here = set(document["matrices"]), set(map(str, matrix_index))
     if saved != here:
-        raise user_error(
-            "the checkpoint's extension state names other matrices",
-            got=f"only there: {_some(saved - here)}; only here: {_some(here - saved)}",
-            allowed="the matrices of this model",
-            remedy=remedy,
+        only_saved = and_more(sorted(saved - here), 3) or "none"
+        only_here = and_more(sorted(here - saved), 3) or "none"
+        raise input_error(
+            "The extension's state in the checkpoint has other matrices than this model. Only in "
+            f"the checkpoint: {only_saved}. Only in the model: {only_here}. Load a checkpoint of "
+            f"the same model, or {_RESET}."
         )
     changed = {
         field: (value, meaning[field])
@@ -136,16 +125,15 @@ def check(
     if changed:
         field, (before, now) = next(iter(changed.items()))
         rest = ", ".join(flag(other) for other in changed if other != field)
-        raise user_error(
-            f"{flag(field)} differs from the checkpoint's and would change what it means",
-            got=f"{now} (also {rest})" if rest else now,
-            allowed=str(before),
-            remedy=f"restore the value, or {remedy}",
+        raise input_error(
+            f"{flag(field)} is {now}, but the checkpoint was saved with {before}, and its "
+            f"multipliers would mean something else. {f'{rest} also differ. ' if rest else ''}"
+            f"Set {flag(field)} {before}, or {_RESET}."
         )
     timing = config.timing()
-    kept = f"the saved window to update {document['schedule']['window_end']} holds"
+    kept = f"the saved window, to update {document['schedule']['window_end']}, is kept"
     return [
-        f"{flag(field)} {timing[field]} is not taken (was {value}): {kept}"
+        f"{flag(field)} {timing[field]} has no effect (was {value}): {kept}"
         if field in settings_of(LLRConfig, "window")
         else f"{flag(field)} is {timing[field]}, was {value} when the state was saved"
         for field, value in document["timing"].items()

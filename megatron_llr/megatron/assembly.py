@@ -1,4 +1,4 @@
-"""What a run is assembled from, built once: agreed settings, named weights, layer groups."""
+"""The parts of a run, built once: agreed settings, named weights, layer groups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from megatron.training import print_rank_0
 
 from megatron_llr.config import LLRConfig, flag, shared_settings
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.matrices.index import build_matrix_index
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
@@ -29,9 +29,9 @@ _ATTRIBUTE = "llr"
 """Attribute of the optimizer that holds its `Assembly`."""
 
 UNSTEPPABLE: Mapping[str, str] = {
-    "optimizer_cpu_offload": "its host copies are stepped by optimizers that it rebuilds at will",
-    "optimizer_cuda_graph": "layer groups come by Python hooks, which a graph records once",
-    "overlap_param_gather_with_optimizer_step": "it steps model chunks one by one, amid gathers",
+    "optimizer_cpu_offload": "its CPU copies are stepped by optimizers that it may rebuild",
+    "optimizer_cuda_graph": "layer groups use Python hooks, which a graph records only once",
+    "overlap_param_gather_with_optimizer_step": "it steps model chunks one by one during gathers",
 }
 """Settings of Megatron's OptimizerConfig that layer groups do not work with -> why."""
 
@@ -43,9 +43,9 @@ class NamedWeights:
     Attributes:
         config: settings that all ranks agree on.
         model_chunks: the model.
-        padded_shards: what this rank holds, rows that pad the vocabulary included: they are
+        padded_shards: this rank's parts, including rows that pad the vocabulary: they are
             initialized and stepped like the rest.
-        shards: the same without those rows: what is measured and logged.
+        shards: the same without those rows: the parts that are measured and logged.
         matrix_index: every logical matrix of the job.
     """
 
@@ -58,7 +58,7 @@ class NamedWeights:
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """An optimizer's layer groups and what they were built from.
+    """An optimizer's layer groups, and the weights that they step.
 
     Attributes:
         weights: the weights by matrix id.
@@ -73,7 +73,7 @@ class Assembly:
 
 
 def say(line: str) -> None:
-    """Print a line of the extension's, on rank 0."""
+    """Print a line of the extension on rank 0."""
     print_rank_0(f"[llr] {line}")
 
 
@@ -81,7 +81,7 @@ def require_same_settings(config: LLRConfig, **others: Any) -> None:
     """Check that every rank was given the same. Enter on all ranks, before anything else.
 
     Args:
-        config: settings of the extension; where it writes may differ.
+        config: settings of the extension; the log folder may differ.
         others: Megatron's settings by the names of their flags, with underscores.
 
     Raises:
@@ -94,9 +94,12 @@ def require_same_settings(config: LLRConfig, **others: Any) -> None:
     require_equal(settings, lambda setting: f"give every rank the same {setting}")
     table = config.role_table
     if table is not None:
-        # The path is the same everywhere; what counts is what each rank finds there.
-        found = {f"what {flag('role_table')} holds": together(lambda: dict(read_role_table(table)))}
-        require_equal(found, lambda _: f"give every rank the same file {table}")
+        # The path is the same on every rank; the file there may differ.
+        contents = together(lambda: dict(read_role_table(table)))
+        require_equal(
+            {f"the content of {flag('role_table')}": contents},
+            lambda _: f"give every rank the same file {table}",
+        )
 
 
 def refuse_unsteppable(config: Any) -> None:
@@ -107,11 +110,9 @@ def refuse_unsteppable(config: Any) -> None:
     """
     for name, reason in UNSTEPPABLE.items():
         if getattr(config, name, False):
-            raise user_error(
-                f"{name} is not supported yet: {reason}",
-                got=f"{name}=True",
-                allowed=f"{name}=False",
-                remedy=f"leave it out of the OptimizerConfig (--{name.replace('_', '-')})",
+            raise input_error(
+                f"OptimizerConfig({name}=True) is not supported yet: {reason}. It must be False: "
+                f"leave it out (--{name.replace('_', '-')})."
             )
 
 
@@ -126,10 +127,10 @@ def name_weights(
         vocab_size: tokens of the vocabulary: rows of embedding and head that are not padding.
 
     Raises:
-        ValueError: if a weight has no place in the tables (without `--llr-skip-unknown`), no matrix
-            can be tuned, or `vocab_size` is missing.
-        RuntimeError: if settings differ between ranks, or weights are cut in ways that are not
-            followed (GTP, FSDP).
+        ValueError: if a weight is not in the tables (without `--llr-skip-unknown`), no matrix can
+            be tuned, or `vocab_size` is missing.
+        RuntimeError: if settings differ between ranks, or weights are sharded in a way that is not
+            supported (GTP, FSDP).
     """
     require_same_settings(config, vocab_size=vocab_size)
     catalog = together(lambda: build_catalog(model_chunks))
@@ -137,28 +138,39 @@ def name_weights(
     if not config.skip_unknown:
         require_known(unknown)
     elif unknown:
-        say(f"no table places these weights, multiplier 1: {'; '.join(unknown)}")
+        say(f"unknown weights, trained at multiplier 1: {'; '.join(unknown)}")
     shards = without_padding(catalog.shards, vocab_size)
     matrix_index = build_matrix_index(shards)
     with_rows = [matrix for matrix in VOCABULARY if matrix in matrix_index]
     if vocab_size is None and with_rows:
-        raise user_error(
-            f"vocab_size= is needed for {' and '.join(with_rows)}: padding rows must not count",
-            got="vocab_size=None",
-            allowed="the number of tokens of the tokenizer",
-            remedy="give vocab_size= where llr is given",
+        raise input_error(
+            f"vocab_size is None, but it is needed for {' and '.join(with_rows)}, whose padding "
+            "rows must not be measured. Give vocab_size=, the number of tokens of the tokenizer, "
+            "together with llr."
         )
     return NamedWeights(config, model_chunks, catalog.shards, shards, matrix_index)
 
 
-def _build_layer_groups(optimizer: Any, weights: NamedWeights) -> LayerGroups:
+def assemble(optimizer: Any, weights: NamedWeights) -> None:
+    """Build the layer groups of an optimizer and attach them to it. Enter on all ranks.
+
+    Raises:
+        ValueError: if the optimizer cannot have layer groups, or already has them.
+    """
     config = weights.config
+    for leaf in leaf_optimizers(optimizer):
+        refuse_unsteppable(leaf.config)
+    if hasattr(optimizer, _ATTRIBUTE):
+        raise input_error(
+            "This optimizer already has layer groups, and a second LLRConfig was given. Give one "
+            "LLRConfig, either to get_megatron_optimizer or to add_layer_groups."
+        )
     target = together(lambda: acts_on(config.policy))
     require_equal(
-        {f"what {flag('policy')} {config.policy} acts on": target},
+        {f"the quantity that {flag('policy')} {config.policy} acts on": target},
         lambda _: "give every rank the same function",
     )
-    return together(
+    groups = together(
         lambda: LayerGroups(
             inner_optimizers(optimizer),
             weights.padded_shards,
@@ -167,28 +179,10 @@ def _build_layer_groups(optimizer: Any, weights: NamedWeights) -> LayerGroups:
             step=config.step,
         )
     )
-
-
-def assemble(optimizer: Any, weights: NamedWeights) -> None:
-    """Build the layer groups of an optimizer, and keep them on it. Enter on all ranks.
-
-    Raises:
-        ValueError: if the optimizer cannot have layer groups, or has some.
-    """
-    for leaf in leaf_optimizers(optimizer):
-        refuse_unsteppable(leaf.config)
-    if hasattr(optimizer, _ATTRIBUTE):
-        raise user_error(
-            "this optimizer has layer groups already",
-            got="a second LLRConfig",
-            allowed="one, where the optimizer is built or in add_layer_groups",
-            remedy="give it once",
-        )
-    groups = _build_layer_groups(optimizer, weights)
     inseparable: dict[str, str] = {}
     for reported in gather_distinct(groups.inseparable):
         inseparable.update(reported)
-    if inseparable and weights.config.granularity != "parameter":
+    if inseparable and config.granularity != "parameter":
         say(
             f"{', '.join(sorted(set(inseparable.values())))} cannot step parts of a tensor: "
             f"{len(inseparable)} fused matrices share the mean multiplier of their parameter"
@@ -197,17 +191,16 @@ def assemble(optimizer: Any, weights: NamedWeights) -> None:
 
 
 def assembly_of(optimizer: Any) -> Assembly:
-    """What `assemble` kept on an optimizer.
+    """The layer groups that `assemble` attached to an optimizer.
 
     Raises:
-        ValueError: if it has no layer groups.
+        ValueError: if it has none.
     """
     if not hasattr(optimizer, _ATTRIBUTE):
-        raise user_error(
-            "this optimizer has no layer groups",
-            got=f"a {type(optimizer).__name__} built without llr",
-            allowed="one from megatron_llr.get_megatron_optimizer(..., llr=LLRConfig(...))",
-            remedy="build it so, or call add_layer_groups(optimizer, model_chunks, llr) first",
+        raise input_error(
+            f"This {type(optimizer).__name__} has no layer groups: it was built without llr. Build "
+            "it with megatron_llr.get_megatron_optimizer(..., llr=LLRConfig(...)), or first call "
+            "add_layer_groups(optimizer, model_chunks, llr)."
         )
     assembly: Assembly = getattr(optimizer, _ATTRIBUTE)
     return assembly

@@ -1,8 +1,7 @@
 """The pretraining job on `megatron.training.pretrain`: batches, loss, datasets.
 
-The megatron-core wheel carries the training loop and no script that calls it; this is the part of
-such a script that every job needs, of GPTModel and HybridModel alike. Its meaning follows
-Megatron-LM's own entry points.
+The megatron-core wheel has the training loop but no script that calls it. This module is the part
+of such a script that GPTModel and HybridModel share. It follows Megatron-LM's own entry points.
 """
 
 import json
@@ -29,16 +28,16 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.ranks import together
 
 Batch = dict[str, torch.Tensor | None]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
-# Order of the samples of --llr-fixed-validation, whatever --seed: any constant does.
+# Seed for the order of the samples of --llr-fixed-validation; any constant works.
 _VALIDATION_SEED = 1234
 
-# A loss that is so many times the largest of the first hundred is spiky, as in Megatron-LM's own
+# A loss above this many times the largest of the first hundred is a spike, as in Megatron-LM's own
 # entry points.
 _SPIKY_LOSS_FACTOR = 10
 
@@ -46,7 +45,7 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"
 
 
 def _layout() -> Any:
-    """What --pipeline-model-parallel-layout says; None without it."""
+    """The layout of --pipeline-model-parallel-layout; None without the flag."""
     args = get_args()
     if args.pipeline_model_parallel_layout is None:
         return None
@@ -56,7 +55,7 @@ def _layout() -> Any:
 
 
 def _predicts_ahead_here(vp_stage: int | None) -> bool:
-    """Whether layers of multi-token prediction are on this stage: they want tokens and labels."""
+    """Whether this stage has layers of multi-token prediction, which need tokens and labels."""
     here: bool = mtp_on_this_rank(
         layout=_layout(),
         mtp_num_layers=get_args().mtp_num_layers,
@@ -71,8 +70,8 @@ def _next_batch(
 ) -> Batch:
     """The batch of this microbatch on this rank; tensors of shape [micro batch, sequence].
 
-    Under context parallelism [micro batch, sequence / ranks]: an early and a late piece for each
-    rank. Stages in the middle of the pipeline need none of it and get None throughout.
+    Under context parallelism [micro batch, sequence / ranks]: an early and a late part for each
+    rank. Stages in the middle of the pipeline need no batch and get None for every key.
     """
     if not _uses_batch_here(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
@@ -122,7 +121,7 @@ def _masked_loss(
             rerun.validate_result(
                 result=loss,
                 rejection_func=reject,
-                message=f"found {name} in local forward loss calculation",
+                message=f"{name} in the local forward loss",
                 tolerance=0.0,
                 fatal=True,
             )
@@ -146,10 +145,10 @@ def forward_step(
     """Forward one microbatch; the loss function is returned for Megatron to call.
 
     Args:
-        data_iterator: batches, where this stage uses any.
+        data_iterator: batches, if this stage uses any.
         model: model chunk, wrapped or not.
-        return_schedule_plan: say what is to be run instead of running it; Megatron asks that of
-            experts under --overlap-moe-expert-parallel-comm.
+        return_schedule_plan: return a plan of the computation instead of running it; Megatron sets
+            this with --overlap-moe-expert-parallel-comm.
 
     Returns:
         Token losses of shape [micro batch, sequence] on the last stage, else hidden states, and
@@ -168,7 +167,7 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    # Megatron calls the loss on the last stage alone, where the mask is there.
+    # Megatron calls the loss only on the last stage, which has the mask.
     return output, partial(_masked_loss, cast(torch.Tensor, batch["loss_mask"]))
 
 
@@ -177,17 +176,15 @@ def _uses_batch_here(vp_stage: int | None) -> bool:
     return at_an_end or _predicts_ahead_here(vp_stage)
 
 
-def _reads_data_here(vp_stage: int | None) -> bool:
-    on_first_tensor_rank: bool = mpu.get_tensor_model_parallel_rank() == 0
-    return on_first_tensor_rank and _uses_batch_here(vp_stage)
-
-
 def datasets_provider(
     train_valid_test_num_samples: list[int], vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for training, validation and test, from the parsed flags."""
     args = get_args()
-    reads_here = partial(_reads_data_here, vp_stage=vp_stage)
+
+    def reads_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and _uses_batch_here(vp_stage)
+
     if not args.llr_fixed_validation:
         train, valid, test = _build(train_valid_test_num_samples, args.seed, reads_here)
         return train, valid, test
@@ -196,13 +193,13 @@ def datasets_provider(
     train, _, test = _build([train_samples, once, test_samples], args.seed, reads_here)
     if once == 0:
         return train, None, test
-    # One training sample: the builder has no way to leave a split out.
+    # One training sample, because the builder cannot leave a split out.
     _, valid, _ = _build([1, once, 0], _VALIDATION_SEED, reads_here)
     return train, None if valid is None else RepeatedDataset(valid, once), test
 
 
 def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) -> list[Any]:
-    """Megatron's datasets per split, None where this rank reads none; `seed` gives their order."""
+    """Megatron's datasets per split, None if this rank reads none; `seed` sets their order."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -237,39 +234,39 @@ def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) ->
 
 
 def _sequences_per_dataset(path: str | None) -> dict[str, list[int]] | None:
-    """What --per-dataset-sequences-path holds: data path -> numbers of sequences and documents."""
+    """Content of --per-dataset-sequences-path: data path -> numbers of sequences and documents."""
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8") as file:
-            found: dict[str, list[int]] = json.load(file)
+            sequences: dict[str, list[int]] = json.load(file)
     except (OSError, ValueError) as broken:
-        raise user_error(
-            f"bad --per-dataset-sequences-path {path}",
-            got=f"{type(broken).__name__}: {broken}",
-            allowed="a JSON object of data paths, each with numbers of sequences and documents",
-            remedy="mend the file, or leave the flag out: the .idx files say the same",
+        raise input_error(
+            f"--per-dataset-sequences-path {path} cannot be read: {type(broken).__name__}: "
+            f"{broken}. It must be a JSON object of data paths, each with its numbers of sequences "
+            "and documents. Fix the file, or leave the flag out: the .idx files have the same "
+            "numbers."
         ) from broken
-    return found
+    return sequences
 
 
 class RepeatedDataset(torch.utils.data.Dataset[Any]):
-    """The first samples of a dataset over and over: every evaluation begins where the first did.
+    """The first samples of a dataset, repeated: every evaluation uses the same ones.
 
     Args:
         dataset: at least `period` samples.
         period: samples of one evaluation.
     """
 
-    # By this Megatron's loader knows whose batch sizes to take.
+    # Tells Megatron's loader to use the validation batch size.
     index_split = datasets_utils.Split.valid
 
     def __init__(self, dataset: Any, period: int) -> None:
         self._dataset, self._period = dataset, period
 
     def __len__(self) -> int:
-        # Without end: a resumed run begins after all samples that it evaluated on before, which
-        # may be more than its own --eval-interval and --eval-iters come to.
+        # Unlimited: a resumed run starts after all samples of its earlier evaluations, which may be
+        # more than its own --eval-interval and --eval-iters need.
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Any:
@@ -283,7 +280,7 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
     """Ranks of one pipeline that hold word embeddings.
 
-    The first stage; where they are tied, the last; and the stages of multi-token prediction.
+    The first stage, with tied embeddings also the last, and the stages of multi-token prediction.
     """
     args = get_args()
     layers_ahead = SimpleNamespace(

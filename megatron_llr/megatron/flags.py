@@ -1,4 +1,4 @@
-"""The `--llr-*` flags, and the flags of Megatron's that are not supported yet."""
+"""The `--llr-*` flags, and the Megatron flags that are not supported yet."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
@@ -8,7 +8,7 @@ from typing import Any
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_llr.config import LLRConfig, ScriptConfig
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.megatron.assembly import UNSTEPPABLE
 from megatron_llr.policy_table import summaries
 
@@ -16,7 +16,7 @@ _PREFIX = "llr_"
 
 
 class _PrefixedFlags(ArgumentGroupFactory):  # type: ignore[misc]
-    """Megatron's own way from a dataclass to flags, with `--llr-` before every name."""
+    """Megatron's own conversion of a dataclass to flags, with `--llr-` before every name."""
 
     def _format_arg_name(self, config_attr: str, prefix: str | None = None) -> str:
         name: str = super()._format_arg_name(_PREFIX + config_attr, prefix)
@@ -49,15 +49,14 @@ def configs_from_args(args: Namespace) -> tuple[LLRConfig, ScriptConfig]:
     """The settings in parsed flags.
 
     Raises:
-        ValueError: naming the flag with a bad value.
+        ValueError: naming the flag with an invalid value.
     """
     return _from_args(LLRConfig, args), _from_args(ScriptConfig, args)
 
 
 _OF_OPTIMIZERS = {name: f"--{name.replace('_', '-')}" for name in UNSTEPPABLE}
 
-# What this version has not learned, by the flag that asks for it: (attribute of args, the values
-# that are fine, flag).
+# Megatron flags with unsupported values: (attribute of args, the values that are supported, flag).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hybrid_context_parallel", (False,), "--hybrid-context-parallel"),
     ("experimental_attention_variant", (None,), "--experimental-attention-variant"),
@@ -86,10 +85,10 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 _NO_IDS = "it builds weights that have no matrix ids"
 _DTENSORS = (
-    "layer groups do not read DTensors, which it steps in place of weights (docs/layouts.md)"
+    "it steps DTensors in place of weights, which layer groups cannot read (docs/layouts.md)"
 )
-_SHARDS = "no rank has its own whole part of a weight (shards counted per tensor-parallel rank)"
-# Why a flag is refused, where more is to be said than that nobody has tried.
+_SHARDS = "it shards the weights of each tensor-parallel rank, which is not supported"
+# Why a flag is refused. A flag without a reason is untested.
 _REASONS = {
     "--hybrid-context-parallel": "it needs packed sequences, which batches here are not",
     "--experimental-attention-variant": _NO_IDS,
@@ -97,17 +96,17 @@ _REASONS = {
     "--heterogeneous-layers-config-encoded-json": _NO_IDS,
     "--tensor-parallel-num-weight-shards": _SHARDS,
     "--expert-tensor-parallel-num-weight-shards": _SHARDS,
-    "--moe-single-grouped-weight": "its experts are one tensor, which has no ids for each of them",
+    "--moe-single-grouped-weight": "its experts are one tensor without an id for each of them",
     "--use-megatron-fsdp": _DTENSORS,
     "--use-torch-fsdp2": _DTENSORS,
     "--optimizer": "Megatron's adaptive_muon fails in its first step with emerging-optimizers 0.3",
     **{flag: UNSTEPPABLE[name] for name, flag in _OF_OPTIMIZERS.items()},
 }
 
-# Optimizers that Megatron takes from another package.
+# Optimizers that Megatron imports from another package.
 _EMERGING = ("muon", "soap", "lion")
 
-# What cannot go with --llr-fixed-validation, in the same form.
+# Flags that conflict with --llr-fixed-validation, in the same form.
 _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("full_validation", (False,), "--full-validation"),
     ("multiple_validation_sets", (False,), "--multiple-validation-sets"),
@@ -117,38 +116,36 @@ _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 
 def require_packages(args: Namespace) -> None:
-    """Refuse, before anything is built, what a missing optional package would do.
+    """Refuse, before anything is built, an optimizer whose package is missing.
 
     Raises:
         ValueError: naming the extra to install.
     """
     if args.optimizer not in _EMERGING or find_spec("emerging_optimizers") is not None:
         return
-    raise user_error(
-        f"--optimizer {args.optimizer} needs the package emerging-optimizers",
-        got="not installed",
-        allowed="emerging-optimizers 0.2 or newer",
-        remedy="pip install 'megatron-llr[muon]'",
+    raise input_error(
+        f"--optimizer {args.optimizer} needs the package emerging-optimizers 0.2 or newer, which "
+        "is not installed. Run pip install 'megatron-llr[muon]'."
     )
 
 
 def refuse_unsupported(args: Namespace) -> None:
-    """Refuse what this version cannot train correctly, before anything is built.
+    """Refuse, before anything is built, flags that this version does not support.
 
     Raises:
-        ValueError: naming the first flag that asks for it.
+        ValueError: naming the first one.
     """
     fixed = _NOT_WITH_FIXED_VALIDATION if args.llr_fixed_validation else ()
     for row in (*_UNSUPPORTED, *fixed):
-        attribute, fine, flag = row
-        value = getattr(args, attribute, fine[0])
-        if value not in fine:
+        attribute, supported, flag = row
+        value = getattr(args, attribute, supported[0])
+        if value not in supported:
             reason = f": {_REASONS[flag]}" if flag in _REASONS else ""
-            beside = " with --llr-fixed-validation" if row in fixed else ""
-            other = "leave --llr-fixed-validation out" if beside else "train without this extension"
-            raise user_error(
-                f"{flag} is not supported yet{beside}{reason}",
-                got=f"{flag} {value}",
-                allowed=f"{flag} {' or '.join(str(choice) for choice in fine)}",
-                remedy=f"leave {flag} out, or {other}",
+            context = " with --llr-fixed-validation" if row in fixed else ""
+            other = (
+                "leave --llr-fixed-validation out" if context else "train without this extension"
+            )
+            raise input_error(
+                f"{flag} is not supported yet{context}{reason}. It is {value} and must be "
+                f"{' or '.join(str(choice) for choice in supported)}. Leave {flag} out, or {other}."
             )

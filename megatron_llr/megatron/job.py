@@ -27,9 +27,9 @@ from megatron_llr.ranks import together
 
 
 def run_loop(args: Namespace) -> None:
-    """Megatron's loop, from parsed flags; the extension has no part in it.
+    """Megatron's loop, from parsed flags, without the extension.
 
-    The model is Megatron's HybridModel where --hybrid-layer-pattern says so, else its GPTModel.
+    The model is Megatron's HybridModel with --hybrid-layer-pattern, else its GPTModel.
     """
     from_args = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
     megatron_pretrain(
@@ -39,13 +39,6 @@ def run_loop(args: Namespace) -> None:
         batches.forward_step,
         get_embedding_ranks=batches.embedding_ranks,
     )
-
-
-def _checked(args: Namespace) -> tuple[LLRConfig, ScriptConfig]:
-    configs = configs_from_args(args)
-    refuse_unsupported(args)
-    require_packages(args)
-    return configs
 
 
 def pretrain() -> LayerwiseController:
@@ -60,8 +53,15 @@ def pretrain() -> LayerwiseController:
     """
     use_prebuilt_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_llr_arguments)
+
+    def checked_configs() -> tuple[LLRConfig, ScriptConfig]:
+        configs = configs_from_args(args)
+        refuse_unsupported(args)
+        require_packages(args)
+        return configs
+
     # No process group exists yet in a new process, so this checks only the local rank.
-    config, script = together(lambda: _checked(args))
+    config, script = together(checked_configs)
     with installed(config, script) as seams:
         run_loop(args)
     assert seams.controller is not None

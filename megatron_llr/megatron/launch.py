@@ -7,13 +7,13 @@ from typing import get_args
 import torch
 
 from megatron_llr.config import DeviceName
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.megatron.packages import check_transformer_engine
 
 _FLAG = "--llr-device"
 
-# Fused kernels and NCCL need a GPU; without one Megatron is told to use neither. Nor NVIDIA's
-# checkpoint writer (nvidia-resiliency-ext) for --async-save, but its own.
+# Fused kernels and NCCL need a GPU. So does NVIDIA's checkpoint writer for --async-save
+# (nvidia-resiliency-ext); Megatron's own does not.
 CPU_FLAGS = (
     "--transformer-impl=local",
     "--distributed-backend=gloo",
@@ -31,10 +31,10 @@ CPU_FLAGS = (
 
 
 def wanted_device(arguments: Sequence[str]) -> str:
-    """`cuda` or `cpu`, from `--llr-device` on the command line or from what the machine has.
+    """`cuda` or `cpu`, from `--llr-device` on the command line; auto takes a GPU if there is one.
 
     Raises:
-        ValueError: if the flag has another value, or asks for CUDA where there is none.
+        ValueError: if the flag has another value, or is cuda on a machine without a GPU.
     """
     device = "auto"
     for position, argument in enumerate(arguments):
@@ -43,37 +43,33 @@ def wanted_device(arguments: Sequence[str]) -> str:
         elif argument.startswith(_FLAG + "="):
             device = argument.removeprefix(_FLAG + "=")
     if device not in get_args(DeviceName):
-        raise user_error(
-            f"bad {_FLAG}",
-            got=device or "nothing",
-            allowed=", ".join(get_args(DeviceName)),
-            remedy="set it",
+        raise input_error(
+            f"{_FLAG} {device or 'without a value'} is not valid. It must be one of "
+            f"{', '.join(get_args(DeviceName))}."
         )
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
-        raise user_error(
-            f"{_FLAG} cuda on a machine where torch sees no GPU",
-            got="no CUDA device",
-            allowed=f"{_FLAG} cpu or auto here",
-            remedy=f"set {_FLAG} cpu, or run where nvidia-smi lists a GPU",
+        raise input_error(
+            f"{_FLAG} cuda needs a GPU, and torch sees none on this machine. Use {_FLAG} cpu or "
+            "auto here, or run on a machine where nvidia-smi lists a GPU."
         )
     return ("cuda" if has_gpu else "cpu") if device == "auto" else device
 
 
 def prepare_device(arguments: list[str]) -> list[str]:
-    """Ready this process for the device that a command line asks for.
+    """Prepare this process for the device that a command line selects.
 
-    On the CPU route this loads the substitutions and adds the flags that they need, before the
-    user's own, so that an explicit flag still wins. Call before megatron is imported.
+    On a CPU this enables the emulation of CUDA and puts the flags that it needs before the user's
+    own, so that an explicit flag still has priority. Call before megatron is imported.
 
     Args:
         arguments: the command line without the program's name.
 
     Returns:
-        The arguments that Megatron is to parse.
+        The arguments for Megatron's parser.
 
     Raises:
-        ValueError: see `wanted_device`; also where Transformer Engine is installed by half.
+        ValueError: see `wanted_device`; also if Transformer Engine is only partially installed.
     """
     check_transformer_engine()
     if wanted_device(arguments) == "cuda":

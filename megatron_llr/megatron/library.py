@@ -1,4 +1,4 @@
-"""The library route: layerwise learning rates in anyone's Megatron-Core loop."""
+"""The library route: layerwise learning rates in a training loop of one's own."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron.core.optimizer import get_megatron_optimizer as build_megatron_opt
 
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.controller import LayerwiseController
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 from megatron_llr.measurement.master_weights import MasterCopies, MasterSlice
 from megatron_llr.measurement.measure import SpectrumEngine
 from megatron_llr.megatron.assembly import (
@@ -34,7 +34,7 @@ def get_megatron_optimizer(
     vocab_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Megatron's `get_megatron_optimizer`, with layer param groups where `llr` is given.
+    """Megatron's `get_megatron_optimizer`, with layer param groups if `llr` is given.
 
     Args:
         config: Megatron's OptimizerConfig.
@@ -50,11 +50,11 @@ def get_megatron_optimizer(
         `prepare` it steps exactly as Megatron's.
 
     Raises:
-        ValueError: if the policy cannot be loaded, a weight has no place in the tables, no matrix
-            can be tuned, the optimizer cannot have layer groups (`UNSTEPPABLE`), or `vocab_size`
-            is missing.
-        RuntimeError: if settings differ between ranks, or weights are cut in ways that are not
-            followed (GTP, FSDP).
+        ValueError: if the policy cannot be loaded, a weight is not in the tables, no matrix can be
+            tuned, the optimizer cannot have layer groups (`UNSTEPPABLE`), or `vocab_size` is
+            missing.
+        RuntimeError: if settings differ between ranks, or weights are sharded in a way that is not
+            supported (GTP, FSDP).
     """
     if llr is None:
         return build_megatron_optimizer(config, model_chunks, *args, **kwargs)
@@ -63,7 +63,7 @@ def get_megatron_optimizer(
 
 
 def build_optimizer(config: Any, weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's optimizer of weights that have their names, with layer groups."""
+    """Megatron's optimizer of named weights, with layer groups."""
     refuse_unsteppable(config)
     optimizer = build_megatron_optimizer(config, weights.model_chunks, *args, **kwargs)
     assemble(optimizer, weights)
@@ -80,10 +80,13 @@ def add_layer_groups(
     """Give layer groups to an optimizer that Megatron's own function built. Enter on all ranks.
 
     Args:
-        optimizer: what Megatron's `get_megatron_optimizer` returned.
-        model_chunks: what it was given.
+        optimizer: from Megatron's `get_megatron_optimizer`.
+        model_chunks: the model chunks that it was built from.
         llr: settings of the extension.
-        vocab_size: as in `get_megatron_optimizer`, whose errors this raises too.
+        vocab_size: as in this package's `get_megatron_optimizer`.
+
+    Raises:
+        ValueError: as in this package's `get_megatron_optimizer`; so does RuntimeError.
     """
     assemble(optimizer, name_weights(model_chunks, llr, vocab_size))
 
@@ -97,7 +100,7 @@ def make_controller(
         optimizer: from `get_megatron_optimizer` with `llr`, or after `add_layer_groups`.
         total_updates: updates of the whole training run.
         iteration: updates done before.
-        observer: where measurements go; by default the CSV files of `LLRConfig.log_dir`.
+        observer: writes measurements; by default to the CSV files of `LLRConfig.log_dir`.
 
     Returns:
         The controller; call its `prepare()` once the weights are loaded.
@@ -133,7 +136,7 @@ def make_controller(
 
 
 def make_observer(config: LLRConfig, **kwargs: Any) -> Observer:
-    """The observer of this rank: the CSV files lie on rank 0.
+    """The observer of this rank; rank 0 writes the CSV files.
 
     Args:
         config: `log_dir` and `log_matrices` are read.
@@ -149,7 +152,7 @@ def _master_copies(optimizer: Any) -> MasterCopies:
     """Slices of the fp32 weights that this rank holds.
 
     Raises:
-        ValueError: if the optimizer keeps them where nobody else can read them.
+        ValueError: if the optimizer does not expose them.
     """
     slices, groups = [], []
     for leaf in leaf_optimizers(optimizer):
@@ -158,11 +161,11 @@ def _master_copies(optimizer: Any) -> MasterCopies:
             groups.append(group)
         for master in stepped_tensors_of(leaf):
             if master.tensor.dtype != torch.float32:
-                raise user_error(
-                    f"{flag('spectrum_source')} master needs fp32 weights in the optimizer",
-                    got=f"{master.tensor.dtype}; --use-precision-aware-optimizer hides them",
-                    allowed="the distributed optimizer, or --bf16 or --fp16 without it",
-                    remedy=f"{flag('spectrum_source')} model",
+                raise input_error(
+                    f"{flag('spectrum_source')} master needs fp32 weights in the optimizer, which "
+                    f"has {master.tensor.dtype}: --use-precision-aware-optimizer hides them. Use "
+                    "the distributed optimizer without that flag, --bf16 or --fp16 without either, "
+                    f"or {flag('spectrum_source')} model."
                 )
             slices.append(MasterSlice(master.parameter, master.tensor, master.start, group))
     return MasterCopies(tuple(slices), tuple(groups))

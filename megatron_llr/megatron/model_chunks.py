@@ -1,4 +1,4 @@
-"""What the rest of this package asks of Megatron's model chunks."""
+"""Process groups and parameter synchronization of Megatron's model chunks."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron.core.utils import unwrap_model
 
 
 def process_groups(model_chunks: list[torch.nn.Module]) -> Any:
-    """Process groups of the model: its own collection, else Megatron's global one."""
+    """Process groups of the model: its own collection, or Megatron's global one."""
     groups = getattr(unwrap_model(model_chunks[0]), "pg_collection", None)
     return groups or ProcessGroupCollection.use_mpu_process_groups()
 

@@ -1,37 +1,36 @@
-"""Optional packages: what is there, and what is there by half. Imports none of them."""
+"""Checks of optional packages, without importing them."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 
 def check_transformer_engine() -> None:
-    """Refuse a Transformer Engine of which only a part is installed.
+    """Refuse a Transformer Engine that is only partially installed.
 
-    Its Python package without its torch library makes megatron's import fail with an error that
-    names neither.
+    With its Python package but without its torch library, megatron's import fails with an error
+    that names neither.
 
     Raises:
         ValueError: naming the part that is missing.
     """
-    found = find_spec("transformer_engine")
-    if found is None or _has_torch_library(found.origin):
+    package = find_spec("transformer_engine")
+    if package is None or _has_torch_library(package.origin):
         return
-    raise user_error(
-        "Transformer Engine is installed by half",
-        got="the package transformer_engine without its torch library, transformer_engine_torch",
-        allowed="both, or neither",
-        remedy="pip install --no-build-isolation 'transformer-engine[pytorch]', or pip uninstall "
-        "transformer-engine transformer-engine-cu12 transformer-engine-cu13",
+    raise input_error(
+        "Transformer Engine is only partially installed: the package transformer_engine without "
+        "its torch library, transformer_engine_torch. Install both (pip install "
+        "--no-build-isolation 'transformer-engine[pytorch]') or neither (pip uninstall "
+        "transformer-engine transformer-engine-cu12 transformer-engine-cu13)."
     )
 
 
 def _has_torch_library(origin: str | None) -> bool:
-    """Whether the library is a module by itself, or lies in a folder that the package searches.
+    """Whether the library is a module of its own, or in a folder that the package searches.
 
-    Those are the three of transformer_engine/common/__init__.py: of an editable install, of one
-    from source, of the wheels.
+    The three folders are those of transformer_engine/common/__init__.py: for an editable install,
+    an install from source, and the wheels.
     """
     if find_spec("transformer_engine_torch") is not None:
         return True

@@ -1,4 +1,4 @@
-"""Megatron's learning-rate scheduler as a carrier: calls the controller, keeps its state."""
+"""Megatron's learning-rate scheduler, which also calls the controller and saves its state."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from megatron_llr.controller import LayerwiseController
 
 
 class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
-    """`OptimizerParamScheduler` that tells a controller of every successful update.
+    """`OptimizerParamScheduler` that calls a controller after every successful update.
 
-    The base learning rates it sets are Megatron's, to the bit. `step` is called on all ranks after
-    every successful update, outside any CUDA graph; that makes it the place for collectives.
+    The base learning rates it sets are bitwise Megatron's. `step` is called on all ranks after
+    every successful update, outside any CUDA graph, so it may run collectives.
 
     Args:
-        controller: told of updates; its state document travels in `state_dict()`.
+        controller: its state document is part of `state_dict()`.
         args: passed on.
         kwargs: passed on.
     """
@@ -28,7 +28,7 @@ class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def step(self, increment: int) -> None:
-        """Set the base learning rates; after a real update, let the controller act."""
+        """Set the base learning rates; after an update, call the controller."""
         super().step(increment)
         if increment > 0 and not self._loading:
             self._controller.after_update()
@@ -36,14 +36,14 @@ class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Megatron's state, and the controller's as one JSON string."""
         document = self._controller.state_dict()
-        # Megatron saves before `restore_controller` where it converts a checkpoint's format.
+        # Megatron saves before `restore_controller` when it converts a checkpoint's format.
         waiting = "" if self._controller.config.reset_state else self._saved or ""
         kept = state.encode(document) if document else waiting
         return {**super().state_dict(), state.KEY: kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load Megatron's state; keep the controller's for `restore_controller`."""
-        # Megatron's loader calls step(num_steps), which is no update.
+        # Megatron's loader calls step(num_steps), which is not an update.
         self._loading = True
         try:
             super().load_state_dict(state_dict)
@@ -52,13 +52,13 @@ class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         self._saved = state_dict.get(state.KEY)
 
     def restore_controller(self) -> None:
-        """Give the controller its state, where the checkpoint has one.
+        """Give the controller its state, if the checkpoint has one.
 
-        Apart from `load_state_dict`, after which Megatron's loader still has collectives: a state
-        that one rank alone cannot use would leave the others there.
+        Not part of `load_state_dict`: Megatron's loader runs collectives after it, in which the
+        other ranks would wait for a rank that cannot use its state.
 
         Raises:
-            ValueError: if this run cannot go on from it (`--llr-reset-state` ignores it).
+            ValueError: if this run cannot continue from it (`--llr-reset-state` ignores it).
         """
         if not self._controller.config.reset_state:
             self._controller.load_state_dict(state.decode(self._saved) or {})

@@ -1,7 +1,8 @@
-"""The one place that rebinds names in `megatron.training`: three seams, undone on exit."""
+"""Rebinds three names in `megatron.training`, and restores them on exit."""
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -42,20 +43,8 @@ def tokenizer_vocab_size() -> int:
     return int(get_tokenizer().vocab_size)
 
 
-def _check_seams() -> None:
-    for name, expected in _EXPECTED.items():
-        found = list(inspect.signature(getattr(training_module, name)).parameters)
-        if found[: len(expected)] != expected:
-            raise topology_error(
-                f"megatron.training.training.{name} is not the function this package knows",
-                got=f"parameters {found}",
-                allowed=f"parameters that begin with {expected}",
-                remedy="install megatron-core 0.19.x",
-            )
-
-
 class _Seams:
-    """What takes the place of the rebound names during one run."""
+    """Replacements of the rebound names during one run."""
 
     def __init__(self, config: LLRConfig, script: ScriptConfig) -> None:
         self.config = config
@@ -65,7 +54,7 @@ class _Seams:
 
     def get_megatron_optimizer(self, config: Any, model_chunks: Any, **kwargs: Any) -> Any:
         """Build Megatron's optimizer and its layer groups, as the library does."""
-        # The first place that all ranks come to with a process group.
+        # The first call of every rank that has a process group.
         seed = get_args().seed
         require_equal(
             {**shared_settings(self.script), "--seed": seed},
@@ -81,21 +70,24 @@ class _Seams:
         args = get_args()
         self.controller = library.make_controller(
             optimizer,
-            # set from --train-samples by now, if that is what was given
+            # With --train-samples, Megatron has set it by now.
             total_updates=args.train_iters,
             observer=self._observer(args.log_interval),
         )
         return LayerwiseParamScheduler(optimizer, controller=self.controller, **kwargs)
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """After Megatron's own set-up the weights are loaded and all ranks are here: prepare."""
+        """Megatron's own set-up, which loads the weights; then prepare the controller."""
         built = self._setup(*args, **kwargs)
         assert self.controller is not None
         _, _, scheduler = built
         together(scheduler.restore_controller)
         self.controller.prepare(get_args().iteration)
         if self.script.explain is not None:
-            print_rank_0(_explanation(self.controller, self.script.explain))
+            explanations = gather_objects(self.controller.explanation(self.script.explain))
+            # A rank that steps the matrix knows the base learning rate.
+            known = (each for each in explanations if each.base_rate is not None)
+            print_rank_0(str(next(known, explanations[0])))
         if self.script.dry_run:
             print_rank_0(self.controller.describe())
             dist.barrier()
@@ -104,7 +96,7 @@ class _Seams:
 
     def _observer(self, log_interval: int) -> Observer:
         if self.script.dry_run:
-            # It only prints: what an earlier run wrote to the same places stays.
+            # A dry run only prints; the files of an earlier run are kept.
             silent = dataclasses.replace(self.config, log_dir=None)
             return library.make_observer(silent, log_interval=log_interval)
         # Megatron keeps its TensorBoard and W&B writers on the last rank, None elsewhere.
@@ -112,22 +104,15 @@ class _Seams:
             self.config,
             tensorboard=get_tensorboard_writer(),
             wandb=get_wandb_writer(),
-            wandb_step=_iteration_under_way,
+            wandb_step=_current_iteration,
             log_interval=log_interval,
         )
 
 
-def _explanation(controller: LayerwiseController, matrix: str) -> str:
-    """That of a rank which steps the matrix, so that it has the base learning rate."""
-    explanations = gather_objects(controller.explanation(matrix))
-    known = (each for each in explanations if each.base_rate is not None)
-    return str(next(known, explanations[0]))
-
-
-def _iteration_under_way() -> int:
-    """The iteration that Megatron logs next; before the first, the one that was loaded, or 0."""
+def _current_iteration() -> int:
+    """The iteration that Megatron logs next; before the first, the loaded one, or 0."""
     args = get_args()
-    # Set by the training loop at the start of an iteration, to the number of those before.
+    # The training loop sets it at the start of an iteration, to the number of those before.
     before = getattr(args, "curr_iteration", None)
     return int(args.iteration if before is None else before + 1)
 
@@ -140,9 +125,17 @@ def installed(config: LLRConfig, script: ScriptConfig) -> Iterator[_Seams]:
     and `setup_model_and_optimizer`.
 
     Raises:
-        RuntimeError: if one of them is not the function this package knows.
+        RuntimeError: if the parameters of one of them are not those of Megatron 0.19.
     """
-    _check_seams()
+    for name, expected in _EXPECTED.items():
+        parameters = list(inspect.signature(getattr(training_module, name)).parameters)
+        if parameters[: len(expected)] != expected:
+            raise topology_error(
+                f"megatron.training.training.{name} has other parameters than in Megatron 0.19",
+                got=", ".join(parameters),
+                allowed=f"parameters that begin with {', '.join(expected)}",
+                remedy="install megatron-core 0.19.x",
+            )
     seams = _Seams(config, script)
     rebound = {
         "get_megatron_optimizer": seams.get_megatron_optimizer,
@@ -159,11 +152,11 @@ def installed(config: LLRConfig, script: ScriptConfig) -> Iterator[_Seams]:
             setattr(training_module, name, original)
 
 
-def _require_dataset_helpers() -> None:
-    """Fail with an import error before training if the C++ helpers are missing."""
-    import megatron.core.datasets.helpers_cpp  # noqa: F401
-
-
 def use_prebuilt_dataset_helpers() -> None:
-    """Keep Megatron from calling make: the wheel ships its C++ helpers built, and no Makefile."""
-    datasets_utils.compile_helpers = _require_dataset_helpers
+    """Keep Megatron from calling make: the wheel has compiled C++ helpers and no Makefile.
+
+    If they are missing, an import error comes before training.
+    """
+    datasets_utils.compile_helpers = lambda: importlib.import_module(
+        "megatron.core.datasets.helpers_cpp"
+    )

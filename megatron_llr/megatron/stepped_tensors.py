@@ -1,4 +1,4 @@
-"""The tensors that Megatron's inner optimizers step, and the slice of a weight that each one is."""
+"""The tensors that Megatron's inner optimizers step, and the slice of a weight in each of them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 
 def leaf_optimizers(optimizer: Any) -> Iterator[Any]:
-    """Megatron's wrappers that hold an inner optimizer of their own, chains resolved."""
+    """Megatron's wrappers that have an inner optimizer of their own, with chains flattened."""
     for child in getattr(optimizer, "chained_optimizers", [optimizer]):
         if child is not optimizer:
             yield from leaf_optimizers(child)
@@ -20,16 +20,15 @@ def leaf_optimizers(optimizer: Any) -> Iterator[Any]:
 
 def inner_optimizers(optimizer: Any) -> list[tuple[torch.optim.Optimizer, list[SteppedTensor]]]:
     """Every inner torch optimizer of this rank, with the tensors that it steps."""
-    return [
-        (leaf.optimizer, [_marked(each, leaf.optimizer) for each in stepped_tensors_of(leaf)])
-        for leaf in leaf_optimizers(optimizer)
-    ]
-
-
-def _marked(stepped: SteppedTensor, optimizer: Any) -> SteppedTensor:
-    # Megatron's Muon splits a fused query, key and value weight, unless --muon-no-split-qkv.
-    split = getattr(optimizer, "split_qkv", False) and optimizer.is_qkv_fn(stepped.tensor)
-    return replace(stepped, split=bool(split))
+    with_tensors = []
+    for leaf in leaf_optimizers(optimizer):
+        tensors = list(stepped_tensors_of(leaf))
+        # Megatron's Muon splits a fused query, key and value weight, unless --muon-no-split-qkv.
+        if getattr(leaf.optimizer, "split_qkv", False):
+            is_qkv = leaf.optimizer.is_qkv_fn
+            tensors = [replace(each, split=bool(is_qkv(each.tensor))) for each in tensors]
+        with_tensors.append((leaf.optimizer, tensors))
+    return with_tensors
 
 
 def stepped_tensors_of(leaf: Any) -> Iterator[SteppedTensor]:

@@ -4,7 +4,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error
 
 # The training loop, the optimizer wrappers and the checkpoint layout were tested on these.
 SUPPORTED = (Version("0.19"), Version("0.20"))
@@ -24,14 +24,13 @@ def check_version() -> None:
         installed == "none"
         or not SUPPORTED[0] <= Version(Version(installed).base_version) < SUPPORTED[1]
     ):
-        raise user_error(
-            "unsupported megatron-core",
-            got=installed,
-            allowed=f">={SUPPORTED[0]},<{SUPPORTED[1]}",
-            remedy="pip install 'megatron-core>=0.19,<0.20' under Python 3.12 or newer",
+        supported = f">={SUPPORTED[0]},<{SUPPORTED[1]}"
+        raise input_error(
+            f"The installed megatron-core ({installed}) is not supported. It must be {supported}. "
+            f"Run pip install 'megatron-core{supported}' with Python 3.12 or newer."
         )
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on every node, beside torch."""
+    """Versions that must be the same on every node, like that of torch."""
     return {"the version of megatron-core": metadata.version("megatron-core")}

@@ -112,7 +112,7 @@ class WeightRule:
     """One weight of a block.
 
     Attributes:
-        path: name of the weight below its layer; `#` stands for the number of an expert, among
+        path: name of the weight below its layer; `#` is the number of an expert, among
             those that the rank holds.
         module: module in its matrix ids: `attention`, `mlp`, `mlp.expert`, `mlp.shared`, `mamba`.
         parameter: word for the whole Megatron parameter, for `--llr-granularity parameter`.

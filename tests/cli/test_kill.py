@@ -218,8 +218,8 @@ def test_a_rank_that_dies_within_a_measurement_ends_the_job(unbroken: Job, tmp_p
     script = faulty.command.index("pretrain_gpt_llr.py")
     faulty.command[script : script + 1] = [str(FAULTY), "SIGKILL", "3"]
     printed = faulty.fail()
-    assert "broke off during a measurement: got RuntimeError: " in printed
-    assert "look for the first error of the other ranks: one of them died" in printed
+    assert "broke off during a measurement: RuntimeError: " in printed
+    assert "Look for the first error of the other ranks: one of them died" in printed
     assert "Signal 9 (SIGKILL)" in printed
     assert "iteration       78/     100" in printed
     assert "iteration       79/     100" not in printed
@@ -261,6 +261,6 @@ def test_a_rank_that_stands_still_is_noticed_when_the_time_is_up() -> None:
             rank.communicate(timeout=60)
     assert "measured 14 matrices before update 2 " in printed
     errors = [line for line in printed.splitlines() if "RuntimeError: megatron" in line]
-    assert "broke off during a measurement: got RuntimeError: " in errors[-1]
+    assert "broke off during a measurement: RuntimeError: " in errors[-1]
     assert "Timed out waiting 15000ms" in errors[-1]
     assert "--distributed-timeout-minutes" in errors[-1]

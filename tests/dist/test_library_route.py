@@ -136,7 +136,7 @@ def test_an_optimizer_that_megatron_built_gets_layer_groups() -> None:
     assert set(controller.multipliers.values()) == {1.0}
     controller.prepare()
     assert max(controller.multipliers.values()) == 5.0
-    with pytest.raises(ValueError, match="has layer groups already"):
+    with pytest.raises(ValueError, match="already has layer groups"):
         add_layer_groups(optimizer, model_chunks, LLRConfig(), vocab_size=VOCABULARY)
 
 
@@ -147,7 +147,7 @@ def test_what_layer_groups_do_not_work_with_is_refused_on_this_route_too(name: s
 
     config = OptimizerConfig(optimizer="adam", lr=1e-3)
     setattr(config, name, True)
-    with pytest.raises(ValueError, match=f"{name} is not supported yet"):
+    with pytest.raises(ValueError, match=rf"{name}=True\) is not supported yet"):
         get_megatron_optimizer(config, build_model(1), llr=LLRConfig(), vocab_size=VOCABULARY)
 
 
@@ -158,7 +158,7 @@ def test_the_vocabulary_is_asked_for(embedding: str) -> None:
     from megatron_llr import get_megatron_optimizer
 
     config = OptimizerConfig(optimizer="adam", lr=1e-3)
-    with pytest.raises(ValueError, match=r"vocab_size= is needed for embedding and head"):
+    with pytest.raises(ValueError, match=r"vocab_size is None.* needed for embedding and head"):
         get_megatron_optimizer(config, build_model(1), llr=LLRConfig(embedding=embedding))
 
 

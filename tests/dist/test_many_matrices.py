@@ -61,7 +61,7 @@ def test_equal_values_travel_once_and_are_one_object() -> None:
 @pytest.mark.world_size(2)
 def test_settings_that_differ_are_named_those_that_do_not_are_fine() -> None:
     require_equal({"--a": 1, "--b": [2.0]}, str)
-    with pytest.raises(RuntimeError, match="--b differs between ranks: got 0 on rank 0, 1 on rank"):
+    with pytest.raises(RuntimeError, match="--b differs between ranks: 0 on rank 0, 1 on rank"):
         require_equal({"--a": 1, "--b": dist.get_rank()}, lambda flag: f"mend {flag}")
 
 

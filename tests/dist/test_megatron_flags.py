@@ -64,7 +64,9 @@ def test_flags_of_the_datasets_reach_them(
         assert settings["sequences_per_dataset"] == counts
 
     sequences.write_text("{")
-    with pytest.raises(ValueError, match=r"bad --per-dataset-sequences-path .*sequences\.json"):
+    with pytest.raises(
+        ValueError, match=r"--per-dataset-sequences-path .*sequences\.json cannot be read"
+    ):
         train(quick)
 
 

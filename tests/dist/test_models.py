@@ -136,12 +136,12 @@ def test_parts_of_unequal_size_are_gathered_and_summed() -> None:
 @pytest.mark.parametrize(
     ("setting", "flag", "reason"),
     [
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp", "layer groups do not read DTensors"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2", "layer groups do not read DTensors"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp", "which layer groups cannot read"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2", "which layer groups cannot read"),
         (
             {"gtp_weight_remat_size": 2},
             "--tensor-parallel-num-weight-shards",
-            "no rank has its own",
+            "shards the weights of each",
         ),
         (
             {"experimental_attention_variant": "dsa"},

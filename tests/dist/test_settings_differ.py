@@ -89,10 +89,10 @@ def test_a_flag_that_differs_is_named(field: str) -> None:
     text = told_everywhere(caught)
     named = "policy" if field == "role_table" else field
     old, new = getattr(before, named), getattr(after, named)
-    assert f"{flag(named)} differs between ranks: got {old!r} on rank 0, {new!r} on rank 1" in text
-    assert f"; give every rank the same {flag(named)}" in text
+    assert f"{flag(named)} differs between ranks: {old!r} on rank 0, {new!r} on rank 1" in text
+    assert f". Give every rank the same {flag(named)}." in text
     if field == "role_table":
-        assert f"also {flag('role_table')}" in text
+        assert f"also different: {flag('role_table')}" in text
 
 
 @pytest.mark.parametrize("name", OTHERS_OF_THE_SCRIPT)
@@ -151,14 +151,14 @@ def test_a_start_that_differs_is_found_before_the_first_measurement(what: str, b
         controller.prepare(by_rank(3, 4) if what == "iteration" else 1)
     text = told_everywhere(caught)
     assert {
-        "iteration": "the number of the next update differs between ranks: got 4 on rank 0, 5 on",
-        "update": "the number of the next update differs between ranks: got 2 on rank 0, 5 on",
-        "contents": "the extension's state in the checkpoint differs between ranks: got 'that of "
+        "iteration": "the number of the next update differs between ranks: 4 on rank 0, 5 on",
+        "update": "the number of the next update differs between ranks: 2 on rank 0, 5 on",
+        "contents": "the extension's state in the checkpoint differs between ranks: 'that of "
         "update 2 (",
-        "presence": "the extension's state in the checkpoint differs between ranks: got 'none' on "
+        "presence": "the extension's state in the checkpoint differs between ranks: 'none' on "
         "rank 0, 'that of update 2 (",
     }[what] in text
-    assert "load one checkpoint on every rank; --llr-reset-state ignores its state" in text
+    assert "Load one checkpoint on every rank; --llr-reset-state ignores its state" in text
 
 
 def test_a_version_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_a_version_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RuntimeError) as caught:
         assembly.require_same_settings(LLRConfig())
     text = told_everywhere(caught)
-    assert "the version of megatron-core differs between ranks: got '0.19.2' on rank 0" in text
+    assert "the version of megatron-core differs between ranks: '0.19.2' on rank 0" in text
 
 
 def test_a_role_table_is_compared_by_what_it_holds(
@@ -183,7 +183,7 @@ def test_a_role_table_is_compared_by_what_it_holds(
     with pytest.raises(RuntimeError) as caught:
         assembly.require_same_settings(LLRConfig(policy="fixed", role_table="table.json"))
     text = told_everywhere(caught)
-    assert "what --llr-role-table holds differs between ranks: got {'q': 1" in text
+    assert "the content of --llr-role-table differs between ranks: {'q': 1" in text
     with pytest.raises(ValueError, match="here_alone") as missing:
         assembly.require_same_settings(LLRConfig(policy="fixed", role_table="here_alone.json"))
     assert told_everywhere(missing).endswith("(rank 1)")
@@ -200,11 +200,11 @@ def test_a_role_table_is_compared_by_what_it_holds(
 def test_a_command_line_that_differs_stops_the_real_loop(one: str, other: str, named: str) -> None:
     with pytest.raises(RuntimeError) as caught:
         train(by_rank(one, other))
-    assert f"{named} differs between ranks: got " in told_everywhere(caught)
+    assert f"{named} differs between ranks: " in told_everywhere(caught)
 
 
 def test_a_wrong_flag_on_one_rank_stops_all() -> None:
-    with pytest.raises(ValueError, match="bad --llr-ramp-iters") as caught:
+    with pytest.raises(ValueError, match="--llr-ramp-iters 9 is not valid") as caught:
         train(by_rank("", "--llr-ramp-iters 9"))
     assert told_everywhere(caught).endswith("(rank 1)")
 
@@ -212,8 +212,8 @@ def test_a_wrong_flag_on_one_rank_stops_all() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{torn", "the checkpoint's extension state cannot be read: got '{torn'"),
-        ("", "the extension's state in the checkpoint differs between ranks: got 'that of update"),
+        ("{torn", "extension's state in the checkpoint cannot be read. It begins with '{torn'"),
+        ("", "the extension's state in the checkpoint differs between ranks: 'that of update"),
     ],
 )
 def test_a_checkpoint_whose_state_one_rank_cannot_use_stops_all(
@@ -235,17 +235,19 @@ def test_a_checkpoint_whose_state_one_rank_cannot_use_stops_all(
 
 
 def test_values_and_ranks_are_listed_not_only_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a job of twelve ranks would tell it."""
-    told = [{"--x": rank // 6 if rank < 11 else "odd", "--y": rank} for rank in range(12)]
+    """Every rank sends the repr of its values; here, twelve ranks."""
+    of_ranks = [
+        {"--x": repr(rank // 6 if rank < 11 else "odd"), "--y": repr(rank)} for rank in range(12)
+    ]
     monkeypatch.setattr(
         "megatron_llr.ranks.gather_objects",
-        lambda value: told if isinstance(value, dict) else list(range(12)),
+        lambda value: of_ranks if isinstance(value, dict) else list(range(12)),
     )
     with pytest.raises(RuntimeError) as caught:
         require_equal({}, lambda setting: f"set {setting}")
     text = str(caught.value)
     assert (
-        "got 0 on ranks 0, 1, 2, 3 and 2 more, 1 on ranks 6, 7, 8, 9 and 1 more, 'odd' on rank 11"
+        ": 0 on ranks 0, 1, 2, 3 and 2 more, 1 on ranks 6, 7, 8, 9 and 1 more, 'odd' on rank 11"
         in text
     )
-    assert "; also --y" in text
+    assert "(also different: --y" in text

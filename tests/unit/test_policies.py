@@ -206,7 +206,7 @@ def test_a_role_table_may_name_the_router_if_the_policy_may_set_it(tmp_path: Pat
     path = tmp_path / "roles.json"
     path.write_text('{"router": 0.5, "up": 2, "expert.up": 3}')
     alphas = {**ALPHAS, ROUTER: 9.0, "block.1.mlp.expert.7.up": 2.0}
-    with pytest.raises(ValueError, match="add --llr-router policy"):
+    with pytest.raises(ValueError, match="Add --llr-router policy"):
         targets_for(alphas, LLRConfig(policy="fixed", role_table=str(path)))
     found = targets_for(alphas, LLRConfig(policy="fixed", role_table=str(path), router="policy"))
     assert found == {
