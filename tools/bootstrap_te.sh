@@ -52,7 +52,7 @@ if ! built; then
         "transformer_engine_torch==$VERSION"
     mv "$partial"/transformer_engine_torch-*.whl "$cache/"
 fi
-# It looks for CUDA's libraries with itself.
+# It looks for CUDA's libraries next to itself.
 mkdir -p "$own/nvidia"
 for folder in "$site"/nvidia/*/; do
     [[ -e $own/nvidia/$(basename "$folder") ]] || ln -s "$folder" "$own/nvidia/"
