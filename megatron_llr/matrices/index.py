@@ -42,7 +42,8 @@ def build_matrix_index(shards: Sequence[MatrixShard]) -> MatrixIndex:
     shapes: dict[MatrixId, _Shape] = {}
     held_in: dict[MatrixId, list[tuple[int, int]]] = defaultdict(list)
     for ranks in replicas.values():
-        for matrix, *shape, group in matrices_by_rank[ranks[0]]:
+        for name, *shape, group in matrices_by_rank[ranks[0]]:
+            matrix = MatrixId.read(name)
             _check_shape(shapes, matrix, tuple(shape), ranks[0])
             held_in[matrix].append((ranks[0], group))
 
