@@ -149,6 +149,17 @@ class LLRConfig:
     launch, for Adam with fp32 weights and moments on CUDA. grouped: in param groups, for every
     element-wise optimizer. auto: fused where the optimizer supports it, else grouped."""
 
+    hyperball: bool = field(default=False, metadata=_MEANING)
+    """Step the matrices of the blocks and the head on spheres: each keeps its Frobenius norm, and
+    its learning rate is the relative size of the step (AdamH with --optimizer adam, MuonH with
+    --optimizer muon). Embeddings, routers, norms, biases and matrices that start at zero stay with
+    the plain optimizer. The head's multiplier is 1 unless --llr-embedding is measured or a role
+    table names it."""
+
+    hyperball_lr: float | None = field(default=None, metadata=_CHANGEABLE)
+    """Largest learning rate of --llr-hyperball; it follows the schedule of --lr. Default: 13/3 of
+    --lr."""
+
     embedding: str = field(default="max", metadata=_MEANING)
     """Multiplier of embedding and head: max (that of --llr-max-multiplier, as published), one,
     measured (from their own spectra), or a number."""
@@ -229,6 +240,16 @@ class LLRConfig:
         if self.policy == "embedding-only" and self.embedding == "measured":
             allowed = f"max, one, or a number with {flag('policy')} embedding-only"
             raise _invalid("embedding", self.embedding, allowed)
+        if self.hyperball_lr is not None:
+            rate = self.hyperball_lr
+            if not self.hyperball:
+                raise _invalid("hyperball_lr", rate, f"none without {flag('hyperball')}")
+            if not 0 < rate < 1:
+                raise _invalid("hyperball_lr", rate, "above 0, below 1: it is a relative step")
+        if self.hyperball and self.policy == "alphadecay":
+            raise _invalid(
+                "policy", self.policy, f"one that sets learning rates, with {flag('hyperball')}"
+            )
         if self.policy == "alphadecay" and self.weight_decay == "decoupled":
             allowed = f"coupled with {flag('policy')} alphadecay, which sets the decay itself"
             raise _invalid("weight_decay", self.weight_decay, allowed)

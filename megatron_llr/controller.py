@@ -14,11 +14,13 @@ from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import SpectrumEngine
+from megatron_llr.output import and_more
+from megatron_llr.param_groups.hyperball import reason_for_plain_step
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
-from megatron_llr.ranks import exchange, gather_objects, require_equal, together
+from megatron_llr.ranks import exchange, gather_distinct, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.explanation import Explanation, explain_matrix, find_matrix
 from megatron_llr.telemetry.observer import Observer
@@ -72,6 +74,8 @@ class LayerwiseController:
         self._document: dict[str, Any] | None = None
         self._alphas: dict[MatrixId, float] = {}
         self._recorder: StepRecorder | None = None
+        self._radii: dict[MatrixId, float] = {}
+        self._plain: dict[MatrixId, str] = {}
         self._stepped = False
 
     def prepare(self, iteration: int | None = None) -> None:
@@ -111,6 +115,8 @@ class LayerwiseController:
             self._alphas = {
                 MatrixId.read(m): math.nan if a is None else a for m, a in saved.items()
             }
+        if self.config.hyperball:
+            self._start_hyperball()
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
@@ -189,7 +195,10 @@ class LayerwiseController:
         With `log_matrices="roles"`, of every block and role.
         """
         table = block_table if self.config.log_matrices == "roles" else matrix_table
-        return table(self.matrix_index, self._engine.owners, self.multipliers)
+        steps = {}
+        if self.config.hyperball:
+            steps = {m: self._plain.get(m, "hyperball") for m in self.matrix_index}
+        return table(self.matrix_index, self._engine.owners, self.multipliers, steps)
 
     def explain(self, matrix: str) -> str:
         """Why a matrix has its learning rate: shape, shards, exponent, policy, target, ramp, rates.
@@ -238,6 +247,7 @@ class LayerwiseController:
             "schedule": self._schedule.state_dict(),
             # JSON has no NaN.
             "alphas": {str(m): None if math.isnan(a) else a for m, a in self._alphas.items()},
+            "radii": {str(matrix): norm for matrix, norm in self._radii.items()},
         }
 
     def load_state_dict(self, document: Mapping[str, Any]) -> None:
@@ -264,6 +274,36 @@ class LayerwiseController:
             for name in ("old", "new")
         }
         return {**saved, **tables}
+
+    def _start_hyperball(self) -> None:
+        """Keep the norms of matrices from now on: the saved ones, or those of the weights now."""
+        saved = (self._document or {}).get("radii", {})
+        own = self._layer_groups.norms(self._catalog)
+        for reported in gather_distinct({str(matrix): norm for matrix, norm in own.items()}):
+            for name, norm in reported.items():
+                self._radii.setdefault(MatrixId.read(name), saved.get(name, norm))
+        self._radii = {m: self._radii[m] for m in self.matrix_index if m in self._radii}
+        # Their step would divide by 0; a parameter is stepped as a whole.
+        zero = {self.matrix_index[m].parameter_id for m, norm in self._radii.items() if norm == 0}
+        for matrix, info in self.matrix_index.items():
+            if matrix not in self._radii:
+                self._plain[matrix] = reason_for_plain_step(matrix) or "no optimizer steps it"
+            elif info.parameter_id in zero:
+                self._plain[matrix] = "zero at the start, itself or a matrix of its parameter"
+        radii = {m: norm for m, norm in self._radii.items() if m not in self._plain}
+        self._layer_groups.start_hyperball(radii, self.config.hyperball_lr)
+        self._inseparable = [m for m in self._inseparable if m not in radii]
+        rate = self.config.hyperball_lr
+        plain = and_more([f"{matrix} ({why})" for matrix, why in self._plain.items()], 8)
+        self._observer.say(
+            f"hyperball: {len(radii)} matrices keep their norm, learning rate "
+            f"{'13/3 of --lr' if rate is None else format(rate, 'g')}; plain: {plain or 'none'}"
+        )
+        if self.next_update > 1 and not saved:
+            self._observer.say(
+                f"hyperball: the checkpoint has no norms, so those before update "
+                f"{self.next_update} are kept"
+            )
 
     def _ask_who_reads(self) -> None:
         """Gather what every rank writes: values that no rank reads are not computed or sent."""
@@ -323,8 +363,15 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        norms, base_rates, relative = MatrixSums(sums.table.cpu()).ratios(numel)
+        norms, base_rates, relative, cosines = MatrixSums(sums.table.cpu()).ratios(numel)
         rates = matrix_rates(
-            self.matrix_index, norms, base_rates, relative, used, on_rate=self._on_rate
+            self.matrix_index,
+            norms,
+            base_rates,
+            relative,
+            cosines,
+            used,
+            on_rate=self._on_rate,
+            relative_rates=self._layer_groups.radii,
         )
         self._observer.stepped(done, rates)

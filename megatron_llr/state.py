@@ -65,13 +65,14 @@ def decode(text: str | None) -> dict[str, Any] | None:
 def _tables(document: Mapping[str, Any]) -> dict[str, Any]:
     """The tables by matrix id in a document."""
     schedule = document["schedule"]
-    return {"old": schedule["old"], "new": schedule["new"], "alphas": document["alphas"]}
+    tables = {"old": schedule["old"], "new": schedule["new"], "alphas": document["alphas"]}
+    return {**tables, "radii": document.get("radii", {})}
 
 
 def _with_tables(document: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
     """The document with other tables by matrix id."""
     schedule = {**document["schedule"], "old": tables["old"], "new": tables["new"]}
-    return {**document, "schedule": schedule, "alphas": tables["alphas"]}
+    return {**document, "schedule": schedule, "alphas": tables["alphas"], "radii": tables["radii"]}
 
 
 def digest(document: Mapping[str, Any] | None) -> str:

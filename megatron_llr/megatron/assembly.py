@@ -19,7 +19,7 @@ from megatron_llr.megatron.catalog import (
     require_known,
     without_padding,
 )
-from megatron_llr.megatron.stepped_tensors import inner_optimizers, leaf_optimizers
+from megatron_llr.megatron.stepped_tensors import inner_optimizers, leaf_optimizers, stepped_domains
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
@@ -177,6 +177,7 @@ def assemble(optimizer: Any, weights: NamedWeights) -> None:
             decoupled_decay=config.weight_decay == "decoupled",
             on_decay=target == WEIGHT_DECAY,
             step=config.step,
+            domains=stepped_domains(optimizer) if config.hyperball else (),
         )
     )
     inseparable: dict[str, str] = {}

@@ -1,11 +1,13 @@
 """The tensors that Megatron's inner optimizers step, and the slice of a weight in each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from megatron_llr.param_groups.hyperball import SteppedDomain
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 
@@ -50,6 +52,25 @@ def stepped_tensors_of(leaf: Any) -> Iterator[SteppedTensor]:
         for group in leaf.optimizer.param_groups:
             for parameter in group["params"]:
                 yield SteppedTensor(parameter, parameter)
+
+
+def stepped_domains(optimizer: Any) -> list[SteppedDomain]:
+    """The parameters of every inner optimizer, in the order of `inner_optimizers`."""
+    domains = []
+    for leaf in leaf_optimizers(optimizer):
+        if hasattr(leaf, "shard_fp32_from_float16_groups"):
+            # Its buffers name all parameters; its groups those of which this rank has a slice.
+            parameters = [p for buffer in leaf.buffers for p in buffer.params]
+            group = leaf.data_parallel_group
+        else:
+            parameters, group = [each.parameter for each in stepped_tensors_of(leaf)], None
+        domains.append(SteppedDomain(parameters, group, partial(_peak_rate, leaf.config)))
+    return domains
+
+
+def _peak_rate(config: Any, group: Mapping[str, Any]) -> float:
+    peak = group.get("max_lr")
+    return float(config.lr if peak is None else peak)
 
 
 def _sharded(leaf: Any) -> Iterator[SteppedTensor]:

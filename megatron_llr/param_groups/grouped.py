@@ -8,7 +8,7 @@ matrices in them separately (Muon), rows are scaled instead (`row_scaling`).
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class GroupedStep:
     Attributes:
         takes: the views that the optimizer can step.
         plan: the layer groups of the last step. Reused while tensors and classes are the same.
+        directions: matrices that are stepped at rate 1 without decay (`hyperball`); set before the
+            first step on layer groups.
         views: id of a stepped tensor -> its views, for tensors that were stepped as views.
     """
 
@@ -50,6 +52,7 @@ class GroupedStep:
         self.takes: Stepping = stepping(optimizer)
         self.plan: StepPlan | None = None
         self.views: dict[int, FusedTensor] = {}
+        self.directions: Collection[MatrixId] = ()
         self._optimizer = optimizer
         self._parts = parts
         self._factors = factors
@@ -137,7 +140,9 @@ class GroupedStep:
     ) -> StepPlan:
         """The plan of the last step if it is still valid, otherwise a new one."""
         if self._planned_for is not multipliers:
-            self._classes = equal_multipliers(dict.fromkeys(self._matrices), multipliers)
+            self._classes = equal_multipliers(
+                dict.fromkeys(self._matrices), multipliers, self.directions
+            )
             self._planned_for = multipliers
         if self.plan is None or not self.plan.fits(groups, self._classes):
             make_views = None if self.takes == "whole" else self._views_of

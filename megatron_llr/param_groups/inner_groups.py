@@ -14,6 +14,7 @@ import torch
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.fused_adam import fused_step
 from megatron_llr.param_groups.grouped import GroupedStep
+from megatron_llr.param_groups.hyperball import HyperballStep
 from megatron_llr.param_groups.probe import Stepping
 from megatron_llr.param_groups.stepped_tensor import TensorMatrices
 
@@ -33,6 +34,7 @@ class InnerGroups:
     Attributes:
         multipliers: for the next step. Empty: the optimizer's own step.
         grouped: grouped stepping.
+        hyperball: the hyperball step of some of its matrices, from the start of training on.
         around_step: creates a context manager around the step and all its hooks.
 
     Raises:
@@ -52,6 +54,7 @@ class InnerGroups:
         self.parts = parts
         self.matrices = list(dict.fromkeys(m for _, ranges in parts.values() for m, _ in ranges))
         self.multipliers: Mapping[MatrixId, float] = {}
+        self.hyperball: HyperballStep | None = None
         self.around_step: Callable[[], AbstractContextManager[None]] | None = None
         self._decoupled_decay = decoupled_decay
         self._on_decay = on_decay
@@ -91,7 +94,7 @@ class InnerGroups:
         inner.step = MethodType(step, inner)
 
     def _step(self, own_step: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.multipliers:
+        if not self.multipliers and self.hyperball is None:
             if self._fused is not None:
                 self._fused.forget_counts()
             return own_step(*args, **kwargs)
@@ -107,14 +110,32 @@ class InnerGroups:
     def _step_layer_groups(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         # A copy, since the scheduler overwrites a rate that is a tensor in place.
         self._rates = [(group["lr"] * 1.0, group["params"]) for group in inner.param_groups]
+        if self.hyperball is not None:
+            return self._step_hyperball(inner, self.hyperball, *args, **kwargs)
         if self._fused is not None:
             if self._can_step_fused(args, kwargs):
                 self._fused.step(self.multipliers, self._factors)
                 return None
             self._fused.forget_counts()
-        step = type(inner).step
-        without_hooks = step.__wrapped__ if getattr(step, "hooked", False) else step
-        return self.grouped.step(without_hooks, self.multipliers, *args, **kwargs)
+        return self.grouped.step(_step_without_hooks(inner), self.multipliers, *args, **kwargs)
+
+    def _step_hyperball(
+        self, inner: Any, hyperball: HyperballStep, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A later entry of a tensor replaces an earlier one.
+        self._rates += [
+            (hyperball.learning_rate(group), hyperball.tensors_of(group))
+            for group in inner.param_groups
+        ]
+        if self._fused is not None:
+            self._fused.forget_counts()
+        with hyperball.project(self.multipliers):
+            return self.grouped.step(_step_without_hooks(inner), self.multipliers, *args, **kwargs)
+
+    def start_hyperball(self, hyperball: HyperballStep) -> None:
+        """Use a hyperball step for its matrices from now on."""
+        self.hyperball = hyperball
+        self.grouped.directions = hyperball.matrices
 
     def _can_step_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the fused step supports the gradients and arguments of this step.
@@ -136,3 +157,8 @@ class InnerGroups:
         if self._on_decay:
             return 1.0, multiplier
         return multiplier, 1.0 / multiplier if self._decoupled_decay else 1.0
+
+
+def _step_without_hooks(optimizer: Any) -> Any:
+    step = type(optimizer).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step

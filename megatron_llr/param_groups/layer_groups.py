@@ -8,6 +8,7 @@ import torch
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import flat_ranges
 from megatron_llr.matrices.shard import MatrixShard
+from megatron_llr.param_groups.hyperball import HyperballStep, NormSums, SteppedDomain
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor, TensorMatrices
 
@@ -21,6 +22,10 @@ class LayerGroups:
         decoupled_decay: whether weight decay is independent of the multiplier.
         on_decay: whether multipliers scale the weight decay instead of the learning rate.
         step: `--llr-step`: auto, fused or grouped.
+        domains: the parameters of every inner optimizer, in their order, for hyperball steps.
+
+    Attributes:
+        radii: matrix id -> norm that it keeps, of all matrices of the job with a hyperball step.
     """
 
     def __init__(
@@ -31,10 +36,14 @@ class LayerGroups:
         decoupled_decay: bool = False,
         on_decay: bool = False,
         step: str = "auto",
+        domains: Sequence[SteppedDomain] = (),
     ) -> None:
         self.decoupled_decay, self.on_decay = decoupled_decay, on_decay
         by_parameter = _by_parameter(shards)
         self._inner: list[InnerGroups] = []
+        self._sums: list[NormSums] = []
+        self._domains = domains
+        self.radii: Mapping[MatrixId, float] = {}
         for optimizer, stepped in optimizers:
             parts = {
                 id(each.tensor): (each, _matrices_in(each, by_parameter[id(each.parameter)]))
@@ -63,8 +72,10 @@ class LayerGroups:
             for matrix, _ in parts
         }
 
-    def base_settings(self, matrix: str) -> tuple[float, float] | None:
+    def base_settings(self, matrix: MatrixId) -> tuple[float, float] | None:
         """Base learning rate and weight decay of a matrix; None if this rank does not step it.
+
+        With a hyperball step: the hyperball learning rate and 0.
 
         The rate is that of the last step, or of the next if there was none.
         """
@@ -79,8 +90,50 @@ class LayerGroups:
                 for tensor in group["params"]:
                     if id(tensor) in tensors:
                         rate = rates.get(id(tensor), float(group["lr"]))
-                        return rate, float(group.get("weight_decay", 0.0))
+                        decay = float(group.get("weight_decay", 0.0))
+                        return rate, 0.0 if matrix in self.radii else decay
         return None
+
+    def norms(self, shards: Sequence[MatrixShard]) -> dict[MatrixId, float]:
+        """Norms of the matrices that may have a hyperball step. Enter on all ranks.
+
+        Args:
+            shards: catalog of this rank without rows that pad the vocabulary.
+
+        Returns:
+            Matrix id -> Frobenius norm of the whole matrix, of those in this rank's optimizers.
+        """
+        norms: dict[MatrixId, float] = {}
+        self._sums = []
+        sources = zip(self.parts_in(shards), self._domains, strict=True)
+        for (_, tensors), domain in sources:
+            sums = NormSums(domain, shards, tensors)
+            self._sums.append(sums)
+            norms.update(sums.norms())
+        return norms
+
+    def start_hyperball(self, radii: Mapping[MatrixId, float], learning_rate: float | None) -> None:
+        """Step some matrices on spheres from now on. Call after `norms`.
+
+        Args:
+            radii: matrix id -> Frobenius norm that it keeps, of all matrices of the job with a
+                hyperball step.
+            learning_rate: largest hyperball learning rate; None for the default.
+        """
+        self.radii = dict(radii)
+        for inner, sums, domain in zip(self._inner, self._sums, self._domains, strict=True):
+            own = {matrix: radii[matrix] for matrix in sums.matrices if matrix in radii}
+            if own:
+                inner.start_hyperball(
+                    HyperballStep(
+                        inner.optimizer,
+                        sums,
+                        list(inner.parts.values()),
+                        own,
+                        learning_rate=learning_rate,
+                        peak_rate=domain.peak_rate,
+                    )
+                )
 
     def set_multipliers(self, multipliers: Mapping[MatrixId, float]) -> None:
         """Set the multipliers for the next update. Default 1."""

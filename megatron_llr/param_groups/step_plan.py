@@ -5,7 +5,7 @@ A plan therefore stays valid during a ramp.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,27 @@ from megatron_llr.param_groups.views import FusedTensor
 
 MULTIPLIER_ONE = 0
 """Class index of multiplier 1."""
+DIRECTION = -1
+"""Class index of matrices that are stepped at rate 1 without decay (`hyperball`)."""
 
 MakeViews = Callable[[torch.Tensor, tuple[MatrixRanges, ...]], FusedTensor]
 """(tensor, matrices in it) -> views of the tensor, one set per matrix."""
 
 
 def equal_multipliers(
-    matrices: Iterable[MatrixId], multipliers: Mapping[MatrixId, float]
+    matrices: Iterable[MatrixId],
+    multipliers: Mapping[MatrixId, float],
+    directions: Collection[MatrixId] = (),
 ) -> dict[MatrixId, int]:
-    """Matrix id -> class index, shared by matrices of equal multiplier. Default multiplier 1."""
+    """Matrix id -> class index, shared by matrices of equal multiplier. Default multiplier 1.
+
+    Those in `directions` have class `DIRECTION`.
+    """
     classes: dict[float, int] = {1.0: MULTIPLIER_ONE}
     return {
-        matrix: classes.setdefault(multipliers.get(matrix, 1.0), len(classes))
+        matrix: DIRECTION
+        if matrix in directions
+        else classes.setdefault(multipliers.get(matrix, 1.0), len(classes))
         for matrix in matrices
     }
 
@@ -149,7 +158,7 @@ class StepPlan:
         for base, layer_groups in zip(groups, self._layer_groups, strict=True):
             for layer in layer_groups:
                 multiplier = 1.0
-                if layer.index != MULTIPLIER_ONE:
+                if layer.index not in (MULTIPLIER_ONE, DIRECTION):
                     multiplier = multipliers[self._matrix_of[layer.index]]
                 on_rate, on_decay = factors(multiplier)
                 group = layer.group
@@ -158,6 +167,8 @@ class StepPlan:
                 group.update(base, lr=base["lr"] * on_rate, params=layer.tensors)
                 if "weight_decay" in base:
                     group["weight_decay"] = base["weight_decay"] * on_decay
+                if layer.index == DIRECTION:
+                    group.update(lr=base["lr"] * 0 + 1.0, weight_decay=0.0)
                 if isinstance(base.get("step"), torch.Tensor):
                     group["step"] = base["step"].clone()
             filled.append([layer.group for layer in layer_groups] or [base])

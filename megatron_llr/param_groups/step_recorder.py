@@ -22,7 +22,7 @@ class MatrixSums:
     elements, are therefore exact for any sharding and replication.
 
     Attributes:
-        table: [5, matrices] fp64, to be summed over all ranks. Its rows are the properties below.
+        table: [6, matrices] fp64, to be summed over all ranks. Its rows are the properties below.
     """
 
     table: torch.Tensor
@@ -30,7 +30,7 @@ class MatrixSums:
     @classmethod
     def zeros(cls, matrices: int) -> "MatrixSums":
         """Sums over no elements, on the CPU."""
-        return cls(torch.zeros(5, matrices, dtype=torch.float64))
+        return cls(torch.zeros(6, matrices, dtype=torch.float64))
 
     @property
     def squares(self) -> torch.Tensor:
@@ -57,6 +57,13 @@ class MatrixSums:
         """Number of elements whose change was recorded."""
         return self.table[4]
 
+    @property
+    def weighted_cosines(self) -> torch.Tensor:
+        """Sum over all elements of the cosine between weights and direction in the last hyperball
+        step.
+        """
+        return self.table[5]
+
     def ratios(self, numel: Sequence[int]) -> Iterator[list[Any]]:
         """Norms, rates and relative updates of every matrix, from sums over the whole job.
 
@@ -65,8 +72,8 @@ class MatrixSums:
 
         Yields:
             Frobenius norms (0 if no rank steps the matrix), base learning rates of the last step
-            (NaN if unknown), and the norms of its changes divided by those of the weights (None if
-            a part was not recorded).
+            (NaN if unknown), the norms of its changes divided by those of the weights (None if a
+            part was not recorded), and the cosines of the last hyperball step (None without one).
         """
         whole = torch.tensor(numel, dtype=torch.float64)
         norms = (self.squares * whole / self.elements).sqrt()
@@ -75,6 +82,10 @@ class MatrixSums:
         known = (self.elements > 0) & (self.recorded == self.elements) & (self.squares != 0)
         pairs = zip(known.tolist(), (self.changes / self.squares).sqrt().tolist(), strict=True)
         yield [ratio if recorded else None for recorded, ratio in pairs]
+        cosines = self.weighted_cosines / self.elements
+        stepped = (self.weighted_cosines != 0) & cosines.isfinite()
+        pairs = zip(stepped.tolist(), cosines.tolist(), strict=True)
+        yield [cosine if has_one else None for has_one, cosine in pairs]
 
 
 class StepRecorder:
@@ -98,16 +109,18 @@ class StepRecorder:
         updates: bool,
         batched: bool = True,
     ) -> None:
-        rows = {matrix: row for row, matrix in enumerate(matrices)}
+        rows = self._rows = {matrix: row for row, matrix in enumerate(matrices)}
         self._device = device
         self._known = MatrixSums.zeros(len(rows))
         every = [(each.tensor, parts) for _, tensors in sources for each, parts in tensors]
         self._squares = SquareSums(every, rows, batched=batched)
-        self._rates = [_BaseRates(inner, tensors, rows) for inner, tensors in sources]
+        self._base_rates = [_BaseRates(inner, tensors, rows) for inner, tensors in sources]
         self._updates: list[_UpdateRecorder] = []
-        for (inner, tensors), rates in zip(sources, self._rates, strict=True):
+        self._elements: list[tuple[InnerGroups, torch.Tensor]] = []
+        for (inner, tensors), rates in zip(sources, self._base_rates, strict=True):
             elements = rates.elements_by_row(len(rows))
             self._known.elements.add_(elements)
+            self._elements.append((inner, elements))
             if updates:
                 own = [(each.tensor, parts) for each, parts in tensors]
                 single = len(sources) == 1
@@ -124,7 +137,7 @@ class StepRecorder:
     def local_sums(self) -> MatrixSums:
         """Sums of this rank after a step, on the device, to be summed over the job."""
         known = MatrixSums(self._known.table.clone())
-        for rates in self._rates:
+        for rates in self._base_rates:
             rates.add_to(known.weighted_rates)
         changes = []
         for recorder in self._updates:
@@ -136,6 +149,12 @@ class StepRecorder:
         sums.squares.copy_(self._squares.of_tensors(self._device))
         for change in changes:
             sums.changes.add_(change)
+        for inner, elements in self._elements:
+            if inner.hyperball is not None and inner.hyperball.cosines is not None:
+                matrices = inner.hyperball.sums.matrices
+                rows = torch.tensor([self._rows[matrix] for matrix in matrices])
+                cosines = inner.hyperball.cosines * elements[rows].to(self._device)
+                sums.weighted_cosines.index_add_(0, rows.to(self._device), cosines)
         return sums
 
 

@@ -87,7 +87,10 @@ def assign_multipliers(
         mean = sum(targets.values()) / len(targets)
         targets = {matrix: target / mean for matrix, target in targets.items()}
     for matrix in alphas:
-        if matrix in EMBEDDING_IDS:
+        if matrix == "head" and config.hyperball and config.embedding != "measured":
+            # Its rate is already relative to its norm, as that of the other matrices.
+            targets[matrix] = 1.0
+        elif matrix in EMBEDDING_IDS:
             target = _embedding_target(alphas[matrix], pool, targets, config)
             if target is not None:
                 targets[matrix] = target

@@ -34,7 +34,8 @@ def embedding_only(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[
     """
     multiplier = config.embedding_multiplier()
     assert multiplier is not None, "checked in LLRConfig"
-    return {matrix: multiplier if matrix in EMBEDDING_IDS else 1.0 for matrix in alphas}
+    raised = EMBEDDING_IDS - {"head"} if config.hyperball else EMBEDDING_IDS
+    return {matrix: multiplier if matrix in raised else 1.0 for matrix in alphas}
 
 
 @lru_cache(maxsize=4)

@@ -36,6 +36,7 @@ RATE_FIELDS = (
     "learning_rate",
     "effective_learning_rate",
     "relative_update",
+    "update_cosine",
 )
 _GROUP = ("iteration", "block", "role", "matrices")
 SPREAD = ("mean", "min", "max")
@@ -49,8 +50,9 @@ ROLE_MEASUREMENT_FIELDS = (*_GROUP, *_spread_fields((*_EXPONENTS, "target_multip
 ROLE_RATE_FIELDS = (*_GROUP, *_spread_fields(RATE_FIELDS[2:]))
 
 Row = dict[str, Any]
-Rates = tuple[MatrixId, float, float, float, float | None]
-"""Matrix id, multiplier, learning rate, effective rate, relative update (None: not recorded)."""
+Rates = tuple[MatrixId, float, float, float, float | None, float | None]
+"""Matrix id, multiplier, learning rate, effective rate, relative update (None: not recorded), and
+cosine between weights and update direction (None: no hyperball step)."""
 
 
 def measurement_rows(

@@ -27,12 +27,14 @@ class MatrixRates(NamedTuple):
         learning_rate: the rate that the update used.
         effective_learning_rate: that rate over the Frobenius norm of the weights after it.
         relative_update: norm of what the update changed over the same norm; None if not recorded.
+        update_cosine: cosine between weights and update direction; None without a hyperball step.
     """
 
     multiplier: float
     learning_rate: float
     effective_learning_rate: float
     relative_update: float | None = None
+    update_cosine: float | None = None
 
 
 class ScalarWriter(Protocol):

@@ -75,7 +75,7 @@ def learning_rate_lines(folder: Path, target: Path) -> None:
 
 
 def relative_update_lines(folder: Path, target: Path) -> bool:
-    """Relative update and effective learning rate over the updates, one panel each, a line per role.
+    """Relative update and effective learning rate over the updates: a panel each, a line per role.
 
     Returns:
         False, and draws nothing, if the run recorded no relative updates.

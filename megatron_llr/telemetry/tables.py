@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
@@ -83,8 +84,13 @@ def matrix_table(
     matrix_index: MatrixIndex,
     owners: Mapping[MatrixId, int],
     multipliers: Mapping[MatrixId, float],
+    steps: Mapping[MatrixId, str] = MappingProxyType({}),
 ) -> str:
-    """Every matrix with its role, shape, the ranks that hold it, its owner and its multiplier."""
+    """Every matrix with its role, shape, the ranks that hold it, its owner and its multiplier.
+
+    With `steps`, also whether it has a hyperball step or why not.
+    """
+    header = ["matrix", "role", "shape", "shards", "owner", "multiplier"]
     rows = [
         (
             matrix,
@@ -93,10 +99,11 @@ def matrix_table(
             shards_of(info),
             owners.get(matrix, "-"),
             f"{multipliers.get(matrix, 1.0):.4f}",
+            *([steps[matrix]] if steps else []),
         )
         for matrix, info in matrix_index.items()
     ]
-    return text_table(("matrix", "role", "shape", "shards", "owner", "multiplier"), rows)
+    return text_table([*header, "step"] if steps else header, rows)
 
 
 def shards_of(info: MatrixInfo) -> str:
@@ -111,8 +118,13 @@ def block_table(
     matrix_index: MatrixIndex,
     owners: Mapping[MatrixId, int],
     multipliers: Mapping[MatrixId, float],
+    steps: Mapping[MatrixId, str] = MappingProxyType({}),
 ) -> str:
-    """Every role of every block: matrices, their shapes, how many ranks own them, multipliers."""
+    """Every role of every block: matrices, their shapes, how many ranks own them, multipliers.
+
+    With `steps`, also whether they have a hyperball step or why not.
+    """
+    header = ["block", "role", "matrices", "shape", "owners", "multiplier"]
     rows = []
     for (block, role), matrices in by_block_and_role(matrix_index).items():
         shapes = {f"{matrix_index[m].rows}x{matrix_index[m].columns}" for m in matrices}
@@ -126,6 +138,7 @@ def block_table(
                 ", ".join(sorted(shapes)),
                 len({owners[matrix] for matrix in matrices if matrix in owners}) or "-",
                 f"{factor.low:.4f} to {factor.high:.4f}",
+                *([", ".join(sorted({steps[matrix] for matrix in matrices}))] if steps else []),
             )
         )
-    return text_table(("block", "role", "matrices", "shape", "owners", "multiplier"), rows)
+    return text_table([*header, "step"] if steps else header, rows)
