@@ -225,6 +225,7 @@ class LayerwiseController:
             update=self.next_update - self._stepped,
             done=self._stepped,
             base=self._layer_groups.base_settings(matrix),
+            radius=self._layer_groups.radii.get(matrix),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,12 @@ from megatron_llr.megatron.catalog import (
     require_known,
     without_padding,
 )
-from megatron_llr.megatron.stepped_tensors import inner_optimizers, leaf_optimizers, stepped_domains
+from megatron_llr.megatron.stepped_tensors import (
+    inner_optimizers,
+    leaf_optimizers,
+    stepped_domains,
+    stepped_tensors_of,
+)
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, read_role_table
 from megatron_llr.policy_table import WEIGHT_DECAY
@@ -151,6 +156,19 @@ def name_weights(
     return NamedWeights(config, model_chunks, catalog.shards, shards, matrix_index)
 
 
+def _require_fp32_weights(optimizer: Any) -> None:
+    """Refuse hyperball steps of an optimizer whose fp32 weights are not the tensors it steps."""
+    for leaf in leaf_optimizers(optimizer):
+        for stepped in stepped_tensors_of(leaf):
+            if stepped.tensor.dtype != torch.float32:
+                raise input_error(
+                    f"{flag('hyperball')} needs fp32 weights in the optimizer, and those of "
+                    f"{type(leaf.optimizer).__name__} are {stepped.tensor.dtype}. Leave out "
+                    "--use-precision-aware-optimizer, which keeps them elsewhere, or "
+                    f"{flag('hyperball')}."
+                )
+
+
 def assemble(optimizer: Any, weights: NamedWeights) -> None:
     """Build the layer groups of an optimizer and attach them to it. Enter on all ranks.
 
@@ -160,6 +178,8 @@ def assemble(optimizer: Any, weights: NamedWeights) -> None:
     config = weights.config
     for leaf in leaf_optimizers(optimizer):
         refuse_unsteppable(leaf.config)
+    if config.hyperball:
+        together(lambda: _require_fp32_weights(optimizer))
     if hasattr(optimizer, _ATTRIBUTE):
         raise input_error(
             "This optimizer already has layer groups, and a second LLRConfig was given. Give one "

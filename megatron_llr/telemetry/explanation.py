@@ -40,6 +40,7 @@ class Explanation:
         base_rate: base learning rate; None if this rank does not step the matrix.
         weight_decay: weight decay of the optimizer with what the multiplier does to it; None if
             this rank does not step the matrix.
+        radius: Frobenius norm that its hyperball step keeps; None without one.
     """
 
     matrix: str
@@ -62,6 +63,7 @@ class Explanation:
     on_rate: bool
     base_rate: float | None
     weight_decay: float | None
+    radius: float | None = None
 
     @property
     def rate(self) -> float | None:
@@ -87,7 +89,7 @@ class Explanation:
                 if self.ramp_done < self.ramp_length
                 else "finished"
             ) + f"; last measurement before update {self.measured_at}"
-        lines = (
+        lines: tuple[tuple[str, str], ...] = (
             ("shape", f"{rows}x{columns}"),
             ("shards", f"{self.shards}; {owner}"),
             ("exponent", exponent),
@@ -99,6 +101,8 @@ class Explanation:
             ("learning rate", _number(self.rate)),
             ("weight decay", _number(self.weight_decay)),
         )
+        if self.radius is not None:
+            lines += (("norm", f"{self.radius:.4g}, kept: the rates are relative to it"),)
         when = "used in" if self.done else "for"
         head = f"{self.matrix}, {when} update {self.update}"
         return "\n".join([head, *(f"  {name:<14}{text}" for name, text in lines)])
@@ -126,13 +130,17 @@ def find_matrix(name: str, matrix_index: MatrixIndex) -> MatrixId:
     return matrix
 
 
-def _rule(matrix: MatrixId, matrix_index: MatrixIndex, config: LLRConfig) -> str:
+def _rule(
+    matrix: MatrixId, matrix_index: MatrixIndex, config: LLRConfig, radius: float | None
+) -> str:
     """What fixes a multiplier without the mapping."""
     if not matrix_index[matrix].tunable:
         return f"fewer than {MIN_EIGENVALUES} eigenvalues: 1"
     if matrix in held_at_one(matrix_index, config):
         return f"{flag('router')} one: 1"
     mapped = config.policy in POLICIES and POLICIES[config.policy].mapped
+    if matrix == "head" and radius is not None and mapped and config.embedding != "measured":
+        return f"{flag('hyperball')}: the head has 1"
     if matrix in EMBEDDING_IDS and (mapped or config.policy == "embedding-only"):
         return f"{flag('embedding')} {config.embedding}"
     return ""
@@ -159,6 +167,7 @@ def explain_matrix(
     update: int,
     done: bool,
     base: tuple[float, float] | None,
+    radius: float | None = None,
 ) -> Explanation:
     """Collect what decides on the learning rate of a matrix.
 
@@ -173,11 +182,12 @@ def explain_matrix(
         update: the last update, or the next where none was made.
         done: whether it was made.
         base: base learning rate and weight decay, if this rank's optimizers step the matrix.
+        radius: norm that its hyperball step keeps, if it has one.
     """
     usable = sorted(alpha for alpha in alphas.values() if math.isfinite(alpha))
     alpha = alphas.get(matrix, math.nan)
     exponent = alpha if math.isfinite(alpha) else None
-    rules = [_rule(matrix, matrix_index, config)]
+    rules = [_rule(matrix, matrix_index, config, radius)]
     if owner is not None and exponent is None and alphas:
         rules.append("no usable exponent: multiplier kept")
     if shared:
@@ -214,4 +224,5 @@ def explain_matrix(
         on_rate=on_rate,
         base_rate=base_rate,
         weight_decay=decay,
+        radius=radius,
     )

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import Run, train
+from models import MODELS
 from test_llama import CALM, heavy_tailed, load_into, recorded_batches
 from test_relative_update import stepped_weights
 
 from megatron_llr.matrices.ids import MatrixId
+from megatron_llr.megatron.catalog import build_catalog
 from megatron_llr.ranks import gather_objects, together
 from tests.reference import hyperball, llama
 
@@ -81,9 +84,7 @@ def test_the_weights_are_those_of_plain_code(flags: str) -> None:
             joined.append((torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])))
         names = llama.matrix_names(blocks)
         plain = [matrix for matrix in names if is_plain(matrix)]
-        hyperball.train(
-            model, joined, rates.__getitem__, names, plain, weight_decay=0.1, clip=1.0
-        )
+        hyperball.train(model, joined, rates.__getitem__, names, plain, weight_decay=0.1, clip=1.0)
         state = model.state_dict()
         start = heavy_tailed(blocks).state_dict()
         for matrix, name in names.items():
@@ -127,7 +128,8 @@ def test_norms_are_constant_and_updates_are_what_the_formula_says(
 
     folder = gather_objects(str(tmp_path_factory.mktemp("log")))[0]
     train(
-        f"{optimizer} {layout} --train-iters {updates} --num-layers 2 --log-interval 10 {HYPERBALL}",
+        f"{optimizer} {layout} --train-iters {updates} --num-layers 2 --log-interval 10",
+        HYPERBALL,
         f"--llr-log-relative-update --llr-log-dir {folder}",
         on_update=keep,
     )
@@ -151,3 +153,134 @@ def test_norms_are_constant_and_updates_are_what_the_formula_says(
             expected = 2 * math.sin(turned / 2)
             assert rate.relative_update == pytest.approx(expected, rel=1e-5), matrix
 
+
+RESUMED = {
+    1: ["", "--optimizer muon"],
+    2: [f"{_DISTRIBUTED} --bf16", f"{_TP2} --bf16", "--pipeline-model-parallel-size 2"],
+}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=flags or "tp1", marks=pytest.mark.world_size(world))
+        for world, listed in RESUMED.items()
+        for flags in listed
+    ],
+)
+def test_a_resume_inside_the_warm_up_is_the_unbroken_run(flags: str, shared_dir: Path) -> None:
+    """Norms, rate and state to the bit; plain Megatron loads the checkpoint, and the reverse."""
+    line = f"{flags} {HYPERBALL} --llr-hyperball-lr 0.02 --lr-warmup-iters 6 --num-layers 2"
+    unbroken = train(line, f"--save {shared_dir / 'on'} --save-interval 5")
+    resumed = train(line, f"--load {shared_dir / 'on'} --ckpt-step 5")
+    assert resumed.losses == unbroken.losses[5:]
+    weights = unbroken.parameters()
+    for name, weight in resumed.parameters().items():
+        assert torch.equal(weight, weights[name]), name
+    document = resumed.controller.state_dict()
+    assert document == unbroken.controller.state_dict()
+    assert len(document["radii"]) == 2 * 7 + 1
+    assert document["timing"]["hyperball_lr"] == 0.02
+    plain = f"{flags} --lr-warmup-iters 6 --num-layers 2"
+    off = train(plain, f"--load {shared_dir / 'on'} --ckpt-step 5", llr=False)
+    assert off.losses[0] == unbroken.losses[5]
+    assert off.losses[1:] != unbroken.losses[6:]
+
+
+@pytest.mark.world_size(1)
+def test_switched_on_at_a_plain_checkpoint_it_keeps_the_norms_of_that_point(
+    shared_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = train(f"--save {shared_dir} --save-interval 5 --exit-interval 5", llr=False)
+    norms = {m: float(w.double().norm()) for m, w in plain.whole_weights().items()}
+    run = train(f"{HYPERBALL} --load {shared_dir}")
+    radii = run.controller.state_dict()["radii"]
+    assert radii == pytest.approx({m: norms[m] for m in radii}, rel=1e-6)
+    assert "the checkpoint has no norms, so those before update 6 are kept" in capfd.readouterr()[0]
+    for matrix, weight in run.whole_weights().items():
+        if not is_plain(matrix):
+            assert float(weight.double().norm()) == pytest.approx(norms[matrix], rel=1e-6)
+
+
+@pytest.mark.world_size(1, 2)
+def test_a_matrix_that_starts_at_zero_stays_with_the_plain_optimizer(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By its norm before the first update, on every rank; the dry run names it."""
+    layout = f"{_TP2} {_DISTRIBUTED}" if dist.get_world_size() == 2 else ""
+
+    def zero(run: Run) -> None:
+        for shard in build_catalog(run.model).shards:
+            if shard.matrix in ("block.0.attention.o", "block.1.mlp.up"):
+                shard.parameter.data.zero_()
+        run.optimizer.reload_model_params()
+
+    line = f"{layout} {HYPERBALL} --num-layers 2 --train-iters 3"
+    run = train(line, on_built=zero)
+    weights = run.whole_weights()
+    plain = {m for m, why in run.controller._plain.items() if why.startswith("zero")}
+    # The gate is in the same parameter as the up projection.
+    assert plain == {"block.0.attention.o", "block.1.mlp.up", "block.1.mlp.gate"}
+    for matrix in plain:
+        assert weights[matrix].norm() > 0
+    table = run.controller.describe().splitlines()
+    (line,) = (row for row in table if row.startswith("block.0.attention.o "))
+    assert "zero at the start" in line
+    (line,) = (row for row in table if row.startswith("block.0.attention.q "))
+    assert line.endswith("hyperball")
+    (line,) = (row for row in table if row.startswith("embedding "))
+    assert line.endswith("an embedding")
+
+
+@pytest.mark.world_size(2)
+def test_experts_on_two_ranks_move_as_on_one(shared_dir: Path) -> None:
+    """Expert matrices are divided over other groups than dense ones."""
+    moe = f"{MODELS['moe-shared'].flags} --llr-same-start {CALM} --train-iters 6 {HYPERBALL}"
+    moe += f" {_DISTRIBUTED}"
+    together_weights = train(moe).whole_weights(256)
+    apart = train(f"{moe} --expert-model-parallel-size 2").whole_weights(256)
+    assert any(".expert." in matrix for matrix in apart)
+    for matrix, weight in apart.items():
+        difference = (weight - together_weights[matrix]).norm() / together_weights[matrix].norm()
+        assert float(difference) < 2e-5, matrix
+
+
+@pytest.mark.world_size(1, 2)
+def test_a_skipped_update_moves_nothing() -> None:
+    """fp16 with a scale that overflows: no rank enters a step, and none waits for another."""
+    flags = "--fp16 --initial-loss-scale 1048576 --hysteresis 1 --train-iters 12 --lr-decay-iters 8"
+    flags += f" --llr-active-iters 6 --num-layers 2 {HYPERBALL}"
+    if dist.get_world_size() == 2:
+        flags += f" {_DISTRIBUTED}"
+    before: dict[str, torch.Tensor] = {}
+    skipped = 0
+
+    def keep(run: Run, update: int, done: bool) -> None:
+        nonlocal skipped
+        weights = run.whole_weights(instead=stepped_weights(run))
+        if done and run.controller.next_update == keep.next_update:  # type: ignore[attr-defined]
+            skipped += 1
+            assert all(torch.equal(weights[m], w) for m, w in before.items())
+        before.clear()
+        before.update(weights)
+        keep.next_update = run.controller.next_update  # type: ignore[attr-defined]
+
+    run = train(flags, on_update=keep)
+    assert skipped >= 3
+    radii = run.controller.state_dict()["radii"]
+    for matrix, norm in radii.items():
+        assert float(before[matrix].double().norm()) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--llr-hyperball-lr 0.01", "--llr-hyperball-lr.*--llr-hyperball"),
+        ("--llr-hyperball --llr-hyperball-lr 2", "--llr-hyperball-lr.*2.*below 1"),
+        ("--llr-hyperball --llr-policy alphadecay", "--llr-policy.*alphadecay.*--llr-hyperball"),
+    ],
+)
+def test_what_cannot_be_combined_is_said(flags: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(flags)
