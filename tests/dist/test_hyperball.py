@@ -56,7 +56,7 @@ def test_the_weights_are_those_of_plain_code(flags: str) -> None:
     flags += f"--lr-warmup-iters 5 --log-interval 50 {HYPERBALL}"
     model = heavy_tailed(blocks)
     rates: dict[int, tuple[float, float, Mapping[str, float]]] = {}
-    batches: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    batches: list[tuple[int, Any, Any]] = []
 
     def keep_rates(run: Run, update: int, done: bool) -> None:
         if not done:
@@ -71,17 +71,29 @@ def test_the_weights_are_those_of_plain_code(flags: str) -> None:
             on_update=keep_rates,
         )
     trained = run.whole_weights(256)
-    by_replica = {sent[0][0]: sent for sent in gather_objects(batches) if sent}
+    # Of the ranks of a replica, the first pipeline stage has the tokens and the last the labels.
+    everywhere = gather_objects(batches)
+    tokens, labels = (
+        {
+            sent[0][0]: [batch[part] for batch in sent]
+            for sent in everywhere
+            if sent[0][part] is not None
+        }
+        for part in (1, 2)
+    )
     assert len({round(m, 3) for m in rates[updates][2].values()}) > 8
     assert rates[updates][2]["head"] == 1.0
 
     def compare() -> None:
-        each = 4 // len(by_replica)
+        each = 4 // len(tokens)
         joined = []
         for update in range(updates):
             chosen = slice(update * each, (update + 1) * each)
-            parts = [part for sent in by_replica.values() for part in sent[chosen]]
-            joined.append((torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])))
+            inputs, targets = (
+                torch.cat([part for replica in sorted(read) for part in read[replica][chosen]])
+                for read in (tokens, labels)
+            )
+            joined.append((inputs, targets))
         names = llama.matrix_names(blocks)
         plain = [matrix for matrix in names if is_plain(matrix)]
         hyperball.train(model, joined, rates.__getitem__, names, plain, weight_decay=0.1, clip=1.0)
@@ -212,7 +224,8 @@ def test_a_matrix_that_starts_at_zero_stays_with_the_plain_optimizer(
     def zero(run: Run) -> None:
         for shard in build_catalog(run.model).shards:
             if shard.matrix in ("block.0.attention.o", "block.1.mlp.up"):
-                shard.parameter.data.zero_()
+                for span in shard.placement.spans:
+                    shard.parameter.data[span.local : span.local + span.count].zero_()
         run.optimizer.reload_model_params()
 
     line = f"{layout} {HYPERBALL} --num-layers 2 --train-iters 3"
@@ -222,7 +235,7 @@ def test_a_matrix_that_starts_at_zero_stays_with_the_plain_optimizer(
     # The gate is in the same parameter as the up projection.
     assert plain == {"block.0.attention.o", "block.1.mlp.up", "block.1.mlp.gate"}
     for matrix in plain:
-        assert weights[matrix].norm() > 0
+        assert weights[matrix].norm() > 0, matrix
     table = run.controller.describe().splitlines()
     (line,) = (row for row in table if row.startswith("block.0.attention.o "))
     assert "zero at the start" in line

@@ -12,7 +12,8 @@ FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
 --llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
---llr-random-seed --llr-weight-decay --llr-step --llr-embedding --llr-router
+--llr-random-seed --llr-weight-decay --llr-step --llr-hyperball --llr-hyperball-lr --llr-embedding
+--llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows --llr-measure-memory
 --llr-log-dir --llr-log-relative-update --llr-log-matrices --llr-skip-unknown --llr-reset-state
 --llr-dry-run --llr-explain --llr-same-start --llr-fixed-validation --llr-device
