@@ -103,6 +103,8 @@ class LayerwiseController:
             },
             lambda _: f"load one checkpoint on every rank; {flag('reset_state')} ignores its state",
         )
+        if self.config.hyperball:
+            self._start_hyperball()
         # Before the log is truncated: a run that this refuses leaves it unchanged.
         if self._document is None:
             self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
@@ -115,8 +117,6 @@ class LayerwiseController:
             self._alphas = {
                 MatrixId.read(m): math.nan if a is None else a for m, a in saved.items()
             }
-        if self.config.hyperball:
-            self._start_hyperball()
         together(
             lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
         )
