@@ -14,13 +14,12 @@ from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import SpectrumEngine
-from megatron_llr.output import and_more
-from megatron_llr.param_groups.hyperball import reason_for_plain_step
+from megatron_llr.param_groups.hyperball_norms import plain_matrices, shared_norms, start_lines
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
-from megatron_llr.ranks import exchange, gather_distinct, gather_objects, require_equal, together
+from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.explanation import Explanation, explain_matrix, find_matrix
 from megatron_llr.telemetry.observer import Observer
@@ -195,9 +194,7 @@ class LayerwiseController:
         With `log_matrices="roles"`, of every block and role.
         """
         table = block_table if self.config.log_matrices == "roles" else matrix_table
-        steps = {}
-        if self.config.hyperball:
-            steps = {m: self._plain.get(m, "hyperball") for m in self.matrix_index}
+        steps = {m: self._plain.get(m, "hyperball") for m in self.matrix_index if self._radii}
         return table(self.matrix_index, self._engine.owners, self.multipliers, steps)
 
     def explain(self, matrix: str) -> str:
@@ -279,32 +276,14 @@ class LayerwiseController:
     def _start_hyperball(self) -> None:
         """Keep the norms of matrices from now on: the saved ones, or those of the weights now."""
         saved = (self._document or {}).get("radii", {})
-        own = self._layer_groups.norms(self._catalog)
-        for reported in gather_distinct({str(matrix): norm for matrix, norm in own.items()}):
-            for name, norm in reported.items():
-                self._radii.setdefault(MatrixId.read(name), saved.get(name, norm))
-        self._radii = {m: self._radii[m] for m in self.matrix_index if m in self._radii}
-        # Their step would divide by 0; a parameter is stepped as a whole.
-        zero = {self.matrix_index[m].parameter_id for m, norm in self._radii.items() if norm == 0}
-        for matrix, info in self.matrix_index.items():
-            if matrix not in self._radii:
-                self._plain[matrix] = reason_for_plain_step(matrix) or "no optimizer steps it"
-            elif info.parameter_id in zero:
-                self._plain[matrix] = "zero at the start, itself or a matrix of its parameter"
-        radii = {m: norm for m, norm in self._radii.items() if m not in self._plain}
-        self._layer_groups.start_hyperball(radii, self.config.hyperball_lr)
-        self._inseparable = [m for m in self._inseparable if m not in radii]
-        rate = self.config.hyperball_lr
-        plain = and_more([f"{matrix} ({why})" for matrix, why in self._plain.items()], 8)
-        self._observer.say(
-            f"hyperball: {len(radii)} matrices keep their norm, learning rate "
-            f"{'13/3 of --lr' if rate is None else format(rate, 'g')}; plain: {plain or 'none'}"
-        )
-        if self.next_update > 1 and not saved:
-            self._observer.say(
-                f"hyperball: the checkpoint has no norms, so those before update "
-                f"{self.next_update} are kept"
-            )
+        self._radii = shared_norms(self._layer_groups.norms(self._catalog), saved)
+        self._plain = plain_matrices(self._radii, self.matrix_index)
+        stepped = {m: norm for m, norm in self._radii.items() if m not in self._plain}
+        self._layer_groups.start_hyperball(stepped, self.config.hyperball_lr)
+        self._inseparable = [m for m in self._inseparable if m not in stepped]
+        late = None if saved or self.next_update == 1 else self.next_update
+        for line in start_lines(len(stepped), self._plain, self.config.hyperball_lr, late):
+            self._observer.say(line)
 
     def _ask_who_reads(self) -> None:
         """Gather what every rank writes: values that no rank reads are not computed or sent."""
@@ -364,13 +343,9 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        norms, base_rates, relative, cosines = MatrixSums(sums.table.cpu()).ratios(numel)
         rates = matrix_rates(
             self.matrix_index,
-            norms,
-            base_rates,
-            relative,
-            cosines,
+            *MatrixSums(sums.table.cpu()).ratios(numel),
             used,
             on_rate=self._on_rate,
             relative_rates=self._layer_groups.radii,

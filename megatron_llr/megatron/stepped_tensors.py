@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_llr.param_groups.hyperball import SteppedDomain
+from megatron_llr.param_groups.hyperball_norms import SteppedDomain
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 
 

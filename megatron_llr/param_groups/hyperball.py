@@ -13,170 +13,18 @@ counters advance as in any other step, and a scale factor of its own cancels in 
 """
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_llr.matrices.ids import EMBEDDING_IDS, ROUTER, MatrixId
-from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.param_groups.square_sums import SquareSums
+from megatron_llr.matrices.ids import MatrixId
+from megatron_llr.param_groups.hyperball_norms import NormSums
 from megatron_llr.param_groups.stepped_tensor import TensorMatrices
 from megatron_llr.param_groups.views import Window, windows
 
 DEFAULT_RATIO = 13 / 3
 """Default hyperball learning rate over `--lr` (marin's AdamH recipe: adamh_lr = 13/3 adam_lr)."""
-
-_HEAD = "head"
-_SHARED_EXPERT_GATE = "shared.mix"
-
-
-def reason_for_plain_step(matrix: MatrixId) -> str | None:
-    """Why a matrix has no hyperball step by its role; None if it has one.
-
-    As in the reference, the head has one and embeddings have none. A router, and the gate of shared
-    experts, decide which experts are used by the size of their weights.
-    """
-    if matrix in EMBEDDING_IDS and matrix != _HEAD:
-        return "an embedding"
-    if matrix.role == ROUTER:
-        return "a router"
-    if matrix.role == _SHARED_EXPERT_GATE:
-        return "the gate of shared experts"
-    return None
-
-
-@dataclass(frozen=True)
-class SteppedDomain:
-    """The parameters that one inner optimizer steps, and how they are divided.
-
-    Attributes:
-        parameters: all of them, also those of which this rank steps no element.
-        group: process group that the distributed optimizer divides them over; None without it.
-        peak_rate: largest base learning rate of a param group over the training run.
-    """
-
-    parameters: Sequence[torch.nn.Parameter]
-    group: Any
-    peak_rate: Callable[[Mapping[str, Any]], float]
-
-
-@dataclass(frozen=True)
-class _Reduction:
-    """Matrices whose elements are divided over the same process groups.
-
-    Attributes:
-        rows: indices of the matrices.
-        groups: process groups of more than one rank; sums are reduced over one after the other.
-    """
-
-    rows: torch.Tensor
-    groups: tuple[Any, ...]
-
-
-class NormSums:
-    """Sums over whole logical matrices of what the ranks of one inner optimizer hold.
-
-    Every rank that steps a part of the parameters must enter a reduction in the same order, also
-    if it holds no element.
-
-    Args:
-        domain: the parameters of the optimizer.
-        shards: catalog of this rank without rows that pad the vocabulary.
-        tensors: the tensors that this rank steps, and the matrices in them without padding.
-
-    Attributes:
-        matrices: the matrices of the optimizer that may have a hyperball step, sorted.
-    """
-
-    def __init__(
-        self,
-        domain: SteppedDomain,
-        shards: Sequence[MatrixShard],
-        tensors: Sequence[TensorMatrices],
-    ) -> None:
-        stepped = {id(parameter) for parameter in domain.parameters}
-        held = {
-            shard.matrix: shard
-            for shard in shards
-            if id(shard.parameter) in stepped
-            and not shard.copy
-            and reason_for_plain_step(shard.matrix) is None
-        }
-        self.matrices: list[MatrixId] = sorted(held)
-        self.rows = {matrix: row for row, matrix in enumerate(self.matrices)}
-        by_groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        groups_of: dict[tuple[int, ...], tuple[Any, ...]] = {}
-        for matrix, row in self.rows.items():
-            shard = held[matrix]
-            groups = tuple(
-                group
-                for group, size in (
-                    (
-                        domain.group,
-                        1 if domain.group is None else dist.get_world_size(domain.group),
-                    ),
-                    (shard.group, len(shard.ranks)),
-                )
-                if size > 1
-            )
-            key = tuple(id(group) for group in groups)
-            by_groups[key].append(row)
-            groups_of[key] = groups
-        self._reductions = [
-            _Reduction(torch.tensor(rows), groups_of[key])
-            for key, rows in sorted(by_groups.items(), key=lambda item: item[1][0])
-            if groups_of[key]
-        ]
-        self.device = shards[0].parameter.device if shards else torch.device("cpu")
-        self._tensors = [
-            (each.tensor, tuple(part for part in parts if part[0] in self.rows))
-            for each, parts in tensors
-        ]
-        self._squares = SquareSums(self._tensors, self.rows)
-        numel = torch.tensor(
-            [held[m].rows * held[m].columns for m in self.matrices], dtype=torch.float64
-        )
-        self._numel = numel.to(self.device)
-        self._replicas: torch.Tensor | None = None
-
-    def squares(self) -> torch.Tensor:
-        """Sum of squares of the elements that this rank steps, per matrix: [matrices] fp64."""
-        return self._squares.of_tensors(self.device)
-
-    def reduce(self, table: torch.Tensor) -> torch.Tensor:
-        """Sums over the whole matrices: [k, matrices] fp64, each element counted once.
-
-        Args:
-            table: this rank's sums, [k, matrices] fp64.
-        """
-        if self._replicas is None:
-            counts = torch.zeros(1, len(self.matrices), dtype=torch.float64)
-            for _, parts in self._tensors:
-                for matrix, ranges in parts:
-                    counts[0, self.rows[matrix]] += sum(last - first for first, last in ranges)
-            # Ranks that duplicate a matrix bring equal shares.
-            self._replicas = self._reduced(counts.to(self.device)) / self._numel
-        return self._reduced(table) / self._replicas
-
-    def _reduced(self, table: torch.Tensor) -> torch.Tensor:
-        for reduction in self._reductions:
-            rows = reduction.rows.to(table.device)
-            part = table[:, rows].contiguous()
-            for group in reduction.groups:
-                dist.all_reduce(part, group=group)
-            table[:, rows] = part
-        return table
-
-    def norms(self) -> dict[MatrixId, float]:
-        """Frobenius norms of the whole matrices now. Enter on all ranks of the optimizer."""
-        if not self.matrices:
-            return {}
-        squares = self.reduce(self.squares().unsqueeze(0))[0]
-        return dict(zip(self.matrices, squares.sqrt().tolist(), strict=True))
 
 
 class HyperballStep:

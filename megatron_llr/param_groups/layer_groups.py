@@ -8,7 +8,8 @@ import torch
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import flat_ranges
 from megatron_llr.matrices.shard import MatrixShard
-from megatron_llr.param_groups.hyperball import HyperballStep, NormSums, SteppedDomain
+from megatron_llr.param_groups.hyperball import HyperballStep
+from megatron_llr.param_groups.hyperball_norms import NormSums, SteppedDomain
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.stepped_tensor import MatrixRanges, SteppedTensor, TensorMatrices
 

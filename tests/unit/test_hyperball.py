@@ -5,7 +5,7 @@ import torch
 
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, Span
-from megatron_llr.param_groups.hyperball import SteppedDomain, reason_for_plain_step
+from megatron_llr.param_groups.hyperball_norms import SteppedDomain, reason_for_plain_step
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
 from tests.reference import hyperball

@@ -109,7 +109,8 @@ def write_runs(folder: Path, relative: tuple[float | None, ...]) -> CsvLog:
     csv_log = CsvLog(folder)
     csv_log.open(measured_up_to=0, rates_up_to=0)
     for update, value in enumerate(relative, 1):
-        rows = [(f"block.{b}.mlp.{r}", 1.0, 1e-3, 1e-4, value) for b in (0, 1) for r in ("up", "q")]
+        ids = [MatrixId.read(f"block.{b}.mlp.{r}") for b in (0, 1) for r in ("up", "q")]
+        rows = [(matrix, 1.0, 1e-3, 1e-4, value, None) for matrix in ids]
         csv_log.write_rates(update, rows)
     return csv_log
 
@@ -123,11 +124,11 @@ def test_relative_updates_are_written_where_they_were_recorded(tmp_path: Path) -
 def test_a_log_from_before_relative_updates_goes_on(tmp_path: Path) -> None:
     """Its rows stay, with an empty cell; those of other columns and torn ones do not."""
     old = tmp_path / "learning_rates.csv"
-    header = ",".join(RATE_FIELDS[:-1])
+    header = ",".join(RATE_FIELDS[:-2])
     old.write_text(f"{header}\n4,head,5.0,0.005,0.0002\n8,head,5.0,0.004,0.0001\n8,{MATRIX},1")
     csv_log = CsvLog(tmp_path)
     csv_log.open(measured_up_to=0, rates_up_to=8)
-    csv_log.write_rates(12, [("head", 5.0, 0.003, 0.0001, 2e-3)])
+    csv_log.write_rates(12, [(HEAD, 5.0, 0.003, 0.0001, 2e-3, None)])
     rows = list(read_rows(old))
     assert tuple(rows[0]) == RATE_FIELDS
     kept = [(row["iteration"], row["relative_update"]) for row in rows]
@@ -147,7 +148,7 @@ def test_the_figure_of_relative_updates_is_drawn_where_there_are_any(tmp_path: P
     assert not plots.relative_update_lines(tmp_path / "without", png)
     assert not png.exists()
     (tmp_path / "old").mkdir()
-    header = ",".join(RATE_FIELDS[:-1])
+    header = ",".join(RATE_FIELDS[:-2])
     (tmp_path / "old" / "learning_rates.csv").write_text(f"{header}\n4,head,5.0,0.005,0.0002\n")
     assert not plots.relative_update_lines(tmp_path / "old", png)
 

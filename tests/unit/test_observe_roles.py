@@ -44,7 +44,9 @@ def write_moe(folder: Path, updates: int, *, by_role: bool, kept: int = 0) -> No
             if matrix not in ("embedding", "head", EXPERTS[2])
         }
         csv_log.write_measurement(update, table, TARGETS, MOE_INDEX)
-        rates = [(m, t, t * 1e-3, t * 1e-4, None if m == MOE[1] else t) for m, t in TARGETS.items()]
+        rates = [
+            (m, t, t * 1e-3, t * 1e-4, None if m == MOE[1] else t, None) for m, t in TARGETS.items()
+        ]
         csv_log.write_rates(update, rates)
 
 

@@ -27,6 +27,8 @@ DOCUMENT: dict[str, Any] = {
     },
     # The embedding was not measured, one exponent could not be fitted.
     "alphas": {MATRICES[1]: 2.0000000000000004, MATRICES[2]: None, MATRICES[3]: 3.5},
+    # The norms that hyperball steps keep.
+    "radii": {MATRICES[1]: 1.25, MATRICES[2]: 0.1},
 }
 
 
@@ -38,7 +40,7 @@ def test_every_id_stands_once_and_every_number_is_exact() -> None:
 
 def test_nothing_measured_yet() -> None:
     schedule = {**DOCUMENT["schedule"], "observed_at": None, "old": {}, "new": {}}
-    document = {**DOCUMENT, "schedule": schedule, "alphas": {}}
+    document = {**DOCUMENT, "schedule": schedule, "alphas": {}, "radii": {}}
     assert state.decode(state.encode(document)) == document
 
 
