@@ -343,11 +343,7 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        rates = matrix_rates(
-            self.matrix_index,
-            *MatrixSums(sums.table.cpu()).ratios(numel),
-            used,
-            on_rate=self._on_rate,
-            relative_rates=self._layer_groups.radii,
-        )
+        ratios = MatrixSums(sums.table.cpu()).ratios(numel)
+        spheres = self._layer_groups.radii
+        rates = matrix_rates(self.matrix_index, ratios, used, spheres, on_rate=self._on_rate)
         self._observer.stepped(done, rates)
