@@ -29,6 +29,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_llr.errors import input_error
+from megatron_llr.megatron.data_splits import empty_splits
 from megatron_llr.ranks import together
 
 Batch = dict[str, torch.Tensor | None]
@@ -179,29 +180,48 @@ def _uses_batch_here(vp_stage: int | None) -> bool:
 def datasets_provider(
     train_valid_test_num_samples: list[int], vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """Megatron's GPT datasets for training, validation and test, from the parsed flags."""
+    """Megatron's GPT datasets for training, validation and test, from the parsed flags.
+
+    Raises:
+        ValueError: if a split that the run reads has too little data.
+    """
     args = get_args()
+    train_samples, valid_samples, test_samples = train_valid_test_num_samples
+    once = args.eval_iters * args.eval_global_batch_size
+    if args.llr_fixed_validation:
+        valid_samples = once
+    sizes = [train_samples, valid_samples, test_samples]
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    empty = empty_splits(args, blend, blend_per_split, sizes)
+    build = partial(_build, empty=empty)
 
     def reads_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and _uses_batch_here(vp_stage)
 
     if not args.llr_fixed_validation:
-        train, valid, test = _build(train_valid_test_num_samples, args.seed, reads_here)
+        train, valid, test = build(sizes, args.seed, reads_here)
         return train, valid, test
-    train_samples, _, test_samples = train_valid_test_num_samples
-    once = args.eval_iters * args.eval_global_batch_size
-    train, _, test = _build([train_samples, once, test_samples], args.seed, reads_here)
+    train, _, test = build(sizes, args.seed, reads_here)
     if once == 0:
         return train, None, test
-    # One training sample, because the builder cannot leave a split out.
-    _, valid, _ = _build([1, once, 0], _VALIDATION_SEED, reads_here)
+    # One training sample, because Megatron's builder needs every split that has data.
+    _, valid, _ = build([1, once, 0], _VALIDATION_SEED, reads_here)
     return train, None if valid is None else RepeatedDataset(valid, once), test
 
 
-def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) -> list[Any]:
-    """Megatron's datasets per split, None if this rank reads none; `seed` sets their order."""
+def _build(
+    num_samples: list[int], seed: int, reads_here: Callable[[], bool], empty: list[int]
+) -> list[Any]:
+    """Megatron's datasets per split, None if this rank reads none; `seed` sets their order.
+
+    The splits of `empty` are not built.
+    """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None:
+        blend_per_split = [
+            None if index in empty else each for index, each in enumerate(blend_per_split)
+        ]
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=args.seq_length,
@@ -227,6 +247,10 @@ def _build(num_samples: list[int], seed: int, reads_here: Callable[[], bool]) ->
             partial(_sequences_per_dataset, args.per_dataset_sequences_path)
         ),
     )
+    if config.split_matrix is not None:
+        config.split_matrix = [
+            None if index in empty else bounds for index, bounds in enumerate(config.split_matrix)
+        ]
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, num_samples, reads_here, config)
     built: list[Any] = builder.build()

@@ -35,6 +35,12 @@ def add_llr_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags of `LLRConfig` and `ScriptConfig`; for Megatron's `extra_args_provider`."""
     _PrefixedFlags(LLRConfig).build_group(parser, title="layerwise learning rates")
     _PrefixedFlags(ScriptConfig).build_group(parser, title="pretraining script")
+    # Some of Megatron's help texts have a bare %, on which argparse fails.
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
     return parser
 
 

@@ -76,6 +76,21 @@ def test_bytes_from_many_files_in_their_order(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path / "out", "set.bin", "set.idx")
 
 
+def test_few_documents_are_warned_about_with_a_split_that_works(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one\nmore\n")
+    one = preprocess(tmp_path / "one.txt", "--output", tmp_path / "one")
+    assert f"--data-path {tmp_path / 'one'} --split 1,0,0 --eval-iters 0 --tok" in one.stdout
+    assert "would leave the validation and test split empty, with documents: 1." in one.stderr
+    two = preprocess(
+        tmp_path / "one.txt", "--documents", "line", "--output", tmp_path / "two"
+    )  # fmt: skip
+    assert "--split 1,1,0 --tokenizer-type" in two.stdout
+    write_jsonl(tmp_path / "many.jsonl", TEXTS * 2)
+    many = preprocess(tmp_path / "many.jsonl", "--output", tmp_path / "many")
+    assert "--split" not in many.stdout
+    assert many.stderr == "" or "warning" not in many.stderr
+
+
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
     """And the tokens are those of the tokenizer."""
     from transformers import AutoTokenizer

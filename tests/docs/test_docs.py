@@ -7,35 +7,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from megatron_llr.tools.compare.grid import read_grid
-from megatron_llr.tools.convert import cli as conversion
-from megatron_llr.tools.preprocess import cli as preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@cache
-def known_flags() -> frozenset[str]:
-    """Every flag of the real parser: Megatron's and ours."""
-    program = (
-        "from megatron_llr.megatron import launch; launch.prepare_device(['--llr-device', 'cpu'])\n"
-        "import argparse\n"
-        "from megatron.training.arguments import add_megatron_arguments\n"
-        "from megatron_llr.megatron.flags import add_llr_arguments\n"
-        "parser = add_llr_arguments(add_megatron_arguments(argparse.ArgumentParser()))\n"
-        "print('FLAGS', *parser._option_string_actions)\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FLAGS "))
-    return frozenset(line.split()[1:])
 
 
 def test_python_with_output_prints_that_output() -> None:
@@ -49,25 +29,6 @@ def test_python_with_output_prints_that_output() -> None:
         assert printed.getvalue() == expected
 
 
-def tool_flags() -> set[str]:
-    return set(preprocessing.build_parser()._option_string_actions) | set(
-        conversion.parser()._option_string_actions
-    )
-
-
-COMPARE = {"--jobs", "--dry-run", "--report-only", "--rerun-changed", "--out"}
-BENCHMARKS = {"--steps", "--gigabytes", "--blocks", "--experts", "--hidden", "--ffn", "--layout"}
-LAUNCHER = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_flag_that_a_page_names_exists(page: Path) -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text()))
-    # `--llr-*` stands for all of ours; the others are those of tools and benchmarks.
-    others = {"--help", "--llr", *COMPARE, *BENCHMARKS}
-    assert named - known_flags() - tool_flags() - LAUNCHER - others == set()
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text()
@@ -77,12 +38,6 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     for path in named - {"runs/demo/"}:
         places = (ROOT / path, ROOT / "megatron_llr" / path, page.parent / path)
         assert any(place.exists() for place in places), path
-
-
-def test_make_targets_of_the_readme_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.s*"))

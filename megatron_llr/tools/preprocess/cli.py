@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite=given.overwrite,
         )
         done = preprocess(options)
+        from megatron_llr.megatron import data_splits
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -96,5 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
         f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); verified by reading back"
     )
     path = shlex.quote(given.output)
-    print(f"train on it with: --data-path {path} {tokenizer.training_flags}")
+    empty = data_splits.default_split_leaves_empty(done.documents)
+    split = f"{data_splits.suggested_split(done.documents)} " if empty else ""
+    print(f"train on it with: --data-path {path} {split}{tokenizer.training_flags}")
+    if empty:
+        print(
+            f"warning: Megatron's default --split {data_splits.DEFAULT_SPLIT} would leave the "
+            f"{' and '.join(empty)} split empty, with documents: {done.documents}. Use the --split "
+            "above, or make more documents of plain text with --documents paragraph or line.",
+            file=sys.stderr,
+        )
     return 0
