@@ -72,6 +72,20 @@ class TrainingRun:
             for index, chunk in enumerate(self.model)
         }
 
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Load the weights of `sharded_state`, before any update.
+
+        Raises:
+            RuntimeError: if weights are missing or unknown, except Transformer Engine's scales.
+        """
+        for index, chunk in enumerate(self.model):
+            result = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
+            names = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+            names += result.unexpected_keys
+            if names:
+                raise RuntimeError(f"megatron_llr: weights missing or unknown: {', '.join(names)}")
+        self.optimizer.reload_model_params()
+
 
 type OnUpdate[Run: TrainingRun] = Callable[[Run, int, bool], None]
 """(run, number of the update, whether it is done) -> nothing."""
