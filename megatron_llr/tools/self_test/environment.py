@@ -158,12 +158,21 @@ def describe(device: str) -> dict[str, Any]:
         machine["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
         machine["compute capability"] = f"{properties.major}.{properties.minor}"
         machine["driver"] = _driver()
-    missing = [
+    missing = missing_parts(load=device == "cuda")
+    return {"software": software, "machine": machine, "missing": missing}
+
+
+def missing_parts(*, load: bool) -> list[dict[str, str]]:
+    """Parts of optional packages that cannot be used: why, and the flags that need them.
+
+    Args:
+        load: whether compiled parts are imported, as on a GPU.
+    """
+    return [
         {"package": part.package, "part": part.module, "reason": reason, "needed for": part.flags}
         for part in PARTS
-        if (reason := _problem(part, load=device == "cuda")) is not None
+        if (reason := _problem(part, load=load)) is not None
     ]
-    return {"software": software, "machine": machine, "missing": missing}
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:

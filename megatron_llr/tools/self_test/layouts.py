@@ -30,8 +30,8 @@ class Layout:
         experts: expert-parallel size.
         expert_tensor: expert-tensor-parallel size.
         sequence: whether tensor-parallel ranks are also sequence parallel.
-        up_to: the largest number of ranks at which it is checked by default. Above, a layout with
-            more kinds of parallelism contains it. 0: no limit.
+        part_of: a larger layout that has the same kinds of parallelism and more. Where that fits,
+            this one is checked only by name.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Layout:
     experts: int = 1
     expert_tensor: int = 1
     sequence: bool = False
-    up_to: int = 0
+    part_of: str = ""
 
     @property
     def smallest(self) -> int:
@@ -83,14 +83,37 @@ class Layout:
 LAYOUTS = (
     Layout("dp", DENSE),
     Layout("dp-overlap-bf16", DENSE, _OVERLAP),
-    Layout("tp2", DENSE, tensor=2, up_to=2),
-    Layout("tp2-sp-overlap-bf16", DENSE, _OVERLAP, tensor=2, sequence=True, up_to=4),
-    Layout("pp2-bf16", DENSE, _BF16, pipeline=2, up_to=2),
+    Layout("tp2", DENSE, tensor=2, part_of="tp4-sp-bf16"),
+    Layout(
+        "tp2-sp-overlap-bf16",
+        DENSE,
+        _OVERLAP,
+        tensor=2,
+        sequence=True,
+        part_of="tp2-sp-pp2-overlap-bf16",
+    ),
+    Layout("pp2-bf16", DENSE, _BF16, pipeline=2, part_of="tp2-sp-pp2-overlap-bf16"),
     Layout("vpp2-overlap-bf16", DENSE, _OVERLAP, pipeline=2, virtual=2),
-    Layout("cp2-distopt-bf16", DENSE, _SHARDED, context=2, up_to=4),
+    Layout("cp2-distopt-bf16", DENSE, _SHARDED, context=2, part_of="tp2-sp-cp2-bf16"),
     Layout("tp4-sp-bf16", DENSE, _BF16, tensor=4, sequence=True),
-    Layout("tp2-sp-pp2-overlap-bf16", DENSE, _OVERLAP, tensor=2, sequence=True, pipeline=2),
-    Layout("tp2-sp-cp2-bf16", DENSE, _BF16, tensor=2, sequence=True, context=2, up_to=4),
+    Layout(
+        "tp2-sp-pp2-overlap-bf16",
+        DENSE,
+        _OVERLAP,
+        tensor=2,
+        sequence=True,
+        pipeline=2,
+        part_of="tp2-sp-pp2-cp2-distopt-bf16",
+    ),
+    Layout(
+        "tp2-sp-cp2-bf16",
+        DENSE,
+        _BF16,
+        tensor=2,
+        sequence=True,
+        context=2,
+        part_of="tp2-sp-pp2-cp2-distopt-bf16",
+    ),
     Layout(
         "tp2-sp-pp2-cp2-distopt-bf16",
         DENSE,
@@ -101,8 +124,22 @@ LAYOUTS = (
         context=2,
     ),
     Layout("experts-distopt-bf16", EXPERTS, _SHARDED),
-    Layout("ep2-overlap-bf16", EXPERTS, f"{_OVERLAP} {_ALL_TO_ALL}", experts=2, up_to=4),
-    Layout("tp2-sp-ep2-bf16", EXPERTS, _BF16, tensor=2, sequence=True, experts=2),
+    Layout(
+        "ep2-overlap-bf16",
+        EXPERTS,
+        f"{_OVERLAP} {_ALL_TO_ALL}",
+        experts=2,
+        part_of="ep8-overlap-bf16",
+    ),
+    Layout(
+        "tp2-sp-ep2-bf16",
+        EXPERTS,
+        _BF16,
+        tensor=2,
+        sequence=True,
+        experts=2,
+        part_of="tp2-sp-pp2-ep2-distopt-bf16",
+    ),
     Layout(
         "tp2-sp-ep2-etp2-distopt-bf16",
         EXPERTS,
@@ -194,7 +231,7 @@ def selected(ranks: int, only: Sequence[str] = ()) -> list[Layout]:
         )
         raise input_error(f"--only: layout {name} {reason}. Allowed here: {', '.join(names)}.")
     if not only:
-        return [layout for layout in fit if not layout.up_to or ranks <= layout.up_to]
+        return [layout for layout in fit if layout.part_of not in names]
     chosen = [layout for layout in fit if layout.name in only]
     models = {layout.model for layout in chosen}
     sources = {next(layout.name for layout in fit if layout.model == model) for model in models}

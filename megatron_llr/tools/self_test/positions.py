@@ -1,5 +1,6 @@
 """Where each rank of a job is, and which ranks hold up the others."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from megatron_llr.tools.self_test.results import spelled
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_WRAPPERS = (_TORCH, contextlib.__file__)
 _DISTRIBUTED = os.path.join(_TORCH, "distributed") + os.sep
 
 
@@ -44,7 +46,7 @@ def code_position(frame: FrameType | None) -> tuple[str, bool]:
     while (
         frame is not None
         and frame.f_back is not None
-        and frame.f_code.co_filename.startswith(_TORCH)
+        and frame.f_code.co_filename.startswith(_WRAPPERS)
     ):
         frame = frame.f_back
     if frame is None:

@@ -26,7 +26,7 @@ _BEAT = 1.0
 # A process that publishes nothing for so many seconds does not run.
 _SILENT = 4.0
 # For the ranks without an error, to come out of their collectives.
-_GRACE = 15.0
+_GRACE = 10.0
 # For the rank that reports. A launcher ends all ranks as soon as one exits.
 _REPORT = 20.0
 _STOP, _REPORTED, _LEFT = "stop", "reported", "left"

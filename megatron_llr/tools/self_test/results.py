@@ -99,12 +99,17 @@ def table(rows: Sequence[Row]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+    # Note -> the rows, or the checks of rows, that it is about.
     notes: dict[str, list[str]] = {}
     for row in rows:
         for name, cell in row.cells.items():
-            if cell.status != "ok":
-                notes.setdefault(f"{cell.status}: {cell.note}", []).append(f"{row.layout} {name}")
-    text += [f"{', '.join(where)}: {note}" for note, where in notes.items()]
+            if cell.status == "ok":
+                continue
+            whole = all(other == cell for other in row.cells.values())
+            about = notes.setdefault(f"{cell.status}: {cell.note}", [])
+            about += [row.layout] if whole and name == "uniform" else []
+            about += [] if whole else [f"{row.layout} {name}"]
+    text += [f"{', '.join(about)}: {note}" for note, about in notes.items()]
     return "\n".join(text)
 
 

@@ -118,6 +118,7 @@ class SelfTest:
             self._store, self._rank, self._ranks, options.timeout, self._stopped
         )
         self._logs = options.out.with_suffix(".logs")
+        self._folder: Path | None = None
 
     def run(self) -> int:
         """Check everything. Returns the exit code.
@@ -129,14 +130,14 @@ class SelfTest:
             self._results.device = self._agreed(
                 "device", lambda: _bind_device(self._options.device)
             )
-            folder = self._shared_folder()
+            self._folder = self._shared_folder()
             try:
                 self._logs.mkdir(parents=True, exist_ok=True)
                 with self._terminal.redirected(self._logs / f"rank-{self._rank}.log"):
-                    self._run_rows(folder)
+                    self._run_rows(self._folder)
             finally:
                 if self._rank == 0:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(self._folder, ignore_errors=True)
             return self._end()
         except ValueError:
             self._progress.close()
@@ -254,7 +255,8 @@ class SelfTest:
     def _end(self) -> int:
         self._progress.mark("end")
         results = self._results
-        self._finish()
+        if self._rank == 0:
+            self._finish()
         self._progress.collect("end", None)
         self._progress.close()
         if dist.is_initialized():
@@ -262,16 +264,14 @@ class SelfTest:
         return 1 if results.failed else 0
 
     def _finish(self) -> None:
-        """Print the table and write the JSON file. On one rank."""
+        """Print the table and write the JSON file: on rank 0, or on the rank that stops the job."""
         results = self._results
         results.seconds = time.monotonic() - self._begun
-        if self._rank != 0:
-            return
         results.write(self._options.out)
-        self._say(f"\n{table(results.rows)}")
+        self._terminal.say(f"\n{table(results.rows)}")
         kept = f", logs of the ranks in {self._logs}" if results.failed else ""
         outcome = "FAILED" if results.failed else "ok"
-        self._say(f"\n{outcome} after {results.seconds:.0f} s: {self._options.out}{kept}")
+        self._terminal.say(f"\n{outcome} after {results.seconds:.0f} s: {self._options.out}{kept}")
         if not results.failed:
             shutil.rmtree(self._logs, ignore_errors=True)
 
@@ -288,4 +288,6 @@ class SelfTest:
             row.set_all("FAILED", "the job was stopped in this row")
         for row in unfinished[1:]:
             row.set_all("not run", "the job was stopped before")
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._finish()
