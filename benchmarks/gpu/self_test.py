@@ -30,7 +30,7 @@ def check(device: str, *, only: str) -> dict[str, Any]:
         for name, cell in row["cells"].items()
         if cell["status"] != "ok"
     ]
-    checked = f"{len(document['rows'])} layouts"
+    checked = f"layouts: {len(document['rows'])}"
     return {
         "result": document["result"],
         "note": "; ".join([checked, *document["problems"], *notes]),

@@ -87,8 +87,8 @@ def test_a_layout_by_name_comes_with_the_one_whose_weights_it_loads() -> None:
 def test_what_the_installed_packages_do_not_allow(
     name: str, facts: dict[str, Any], device: str, reason: str | None
 ) -> None:
-    found = environment.unavailable(BY_NAME[name], facts, device)
-    assert found is None if reason is None else reason in (found or "")
+    given = environment.unavailable(BY_NAME[name], facts, device)
+    assert given is None if reason is None else reason in (given or "")
 
 
 def test_the_environment_of_this_machine() -> None:
@@ -148,10 +148,10 @@ LATE = "did not arrive where the other ranks wait"
 def test_the_ranks_that_hold_up_the_others(
     after: list[Position | None], ranks: list[int], reason: str
 ) -> None:
-    found = responsible([at(0), at(1), at(2)], after)
-    assert found[0] == ranks
-    assert found[1].startswith(reason)
-    text = hang_message(*found, after, 30)
+    named, why = responsible([at(0), at(1), at(2)], after)
+    assert named == ranks
+    assert why.startswith(reason)
+    text = hang_message(named, why, after, 30)
     assert text.startswith(spelled(ranks))
     assert "in dp: uniform, update 3" in text or None in after
 

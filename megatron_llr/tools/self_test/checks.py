@@ -116,8 +116,8 @@ class Checks:
 
     def _everywhere(self, name: str, difference: str) -> str:
         """The first difference of any rank, with its rank; empty if there is none."""
-        told = self.progress.collect(f"{self.layout.name}: {name}", difference)
-        return next((f"{text} (rank {rank})" for rank, text in enumerate(told) if text), "")
+        answers = self.progress.collect(f"{self.layout.name}: {name}", difference)
+        return next((f"{text} (rank {rank})" for rank, text in enumerate(answers) if text), "")
 
     def _uniform(self) -> Cell:
         plain = self._train("plain Megatron", llr=False)

@@ -154,14 +154,14 @@ class SelfTest:
             result = step()
         except ValueError as failed:
             error = str(failed)
-        told = self._progress.collect(name, [result, error])
-        for rank, (_, text) in enumerate(told):
+        answers = self._progress.collect(name, [result, error])
+        for rank, (_, text) in enumerate(answers):
             if text:
                 raise ValueError(f"{text} (rank {rank})")
-        for rank, (other, _) in enumerate(told):
-            if other != told[0][0]:
+        for rank, (other, _) in enumerate(answers):
+            if other != answers[0][0]:
                 raise input_error(
-                    f"The {name} is {told[0][0]} on rank 0 and {other} on rank {rank}. It must be "
+                    f"The {name} is {answers[0][0]} on rank 0 and {other} on rank {rank}. It must be "
                     "the same on all ranks."
                 )
         return result
@@ -212,7 +212,8 @@ class SelfTest:
         self._agreed("preparation", prepare)
         self._progress.mark("process group")
         self._initialize()
-        # Imports megatron, after the device is prepared.
+        self._progress.mark("import of Megatron")
+        # After the device is prepared.
         from megatron_llr.tools.self_test.checks import Checks, Reference
 
         references: dict[str, Reference] = {}
@@ -240,7 +241,7 @@ class SelfTest:
         results.problems += environment.differences(facts)
         nodes = len(set(results.hosts))
         self._say(
-            f"{self._ranks} ranks on {nodes} node{'s' if nodes > 1 else ''}, {results.device}"
+            f"{self._ranks} rank{'s' if self._ranks > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}, {results.device}"
         )
         versions = {**facts[0]["software"], **facts[0]["machine"]}
         del versions["host"], versions["variables"]
