@@ -80,7 +80,7 @@ class TrainingRun:
         """
         for index, chunk in enumerate(self.model):
             result = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
-            names = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+            names = [name for name in result.missing_keys if "_extra_state" not in name]
             names += result.unexpected_keys
             if names:
                 raise RuntimeError(f"megatron_llr: weights missing or unknown: {', '.join(names)}")

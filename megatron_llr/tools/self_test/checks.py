@@ -237,7 +237,7 @@ def _same_values(
 def _state(run: TrainingRun) -> dict[str, Any]:
     """The weights of a run; not Transformer Engine's scales of FP8 layers, which others lack."""
     return {
-        chunk: {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        chunk: {key: value for key, value in state.items() if "_extra_state" not in key}
         for chunk, state in run.sharded_state().items()
     }
 

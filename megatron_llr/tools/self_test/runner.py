@@ -161,8 +161,8 @@ class SelfTest:
         for rank, (other, _) in enumerate(answers):
             if other != answers[0][0]:
                 raise input_error(
-                    f"The {name} is {answers[0][0]} on rank 0 and {other} on rank {rank}. It must be "
-                    "the same on all ranks."
+                    f"The {name} is {answers[0][0]} on rank 0 and {other} on rank {rank}. It must "
+                    "be the same on all ranks."
                 )
         return result
 
@@ -192,11 +192,9 @@ class SelfTest:
         how: dict[str, Any] = {"rank": self._rank, "world_size": self._ranks}
         # The watchdog must be first.
         how["timeout"] = timedelta(seconds=self._options.timeout + 300)
-        on_gpu = self._results.device == "cuda"
-        if on_gpu:
-            how["device_id"] = torch.device("cuda", torch.cuda.current_device())
-        store = PrefixStore("groups", self._store)
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **how)
+        # As Megatron does: without a device, so that NCCL connects at first use.
+        backend = "nccl" if self._results.device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=PrefixStore("groups", self._store), **how)
 
     def _run_rows(self, folder: Path) -> None:
         device = self._results.device
@@ -240,9 +238,7 @@ class SelfTest:
         results.hosts = [each["machine"]["host"] for each in facts]
         results.problems += environment.differences(facts)
         nodes = len(set(results.hosts))
-        self._say(
-            f"{self._ranks} rank{'s' if self._ranks > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}, {results.device}"
-        )
+        self._say(f"ranks: {self._ranks}, nodes: {nodes}, device: {results.device}")
         versions = {**facts[0]["software"], **facts[0]["machine"]}
         del versions["host"], versions["variables"]
         self._say(", ".join(f"{name} {value or 'none'}" for name, value in versions.items()))
