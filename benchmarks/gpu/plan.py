@@ -139,5 +139,6 @@ def cases(*, toy: bool) -> list[Case]:
         run("overlap-uniform", "60M", 12, 60, *exact, *overlap, *uniform),
         in_turn("1B", 16, 75, measured=False),
         in_turn("3B", 12, 90, measured=False),
+        Case("self-test", "self_test:check", 90, {"only": "dp" if toy else ""}),
         run("updates-uniform", "60M", 12, 60, *exact, *uniform, "--llr-log-relative-update"),
     ]

@@ -146,11 +146,19 @@ def _sharded_rows(outcome: Outcome | None) -> Iterator[Row]:
         yield question, figure, exact
 
 
+def _self_test_row(outcome: Outcome | None) -> Row:
+    question = "tools/self_test.py on one rank"
+    if outcome is None or _missing(outcome):
+        return question, "-", _missing(outcome)
+    return question, outcome.result["result"], outcome.result["note"]
+
+
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
     """Every question with its figure, or with the reason why it has none."""
     found = {outcome.name: outcome for outcome in outcomes}
     rows = [*_loss_rows(found), *_step_rows(found), *_measurement_rows(found)]
     rows += [*_optimizer_rows(found.get("optimizers")), *_sharded_rows(found.get("sharded"))]
+    rows.append(_self_test_row(found.get("self-test")))
     gather = found.get("te-fp8-gather")
     trained = "trains" if gather is not None and gather.status == "ok" else "-"
     rows.append(("FP8 parameter gather", trained, _missing(gather)))

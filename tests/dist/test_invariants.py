@@ -1,6 +1,5 @@
 """Design invariants 1, 2 and 5 on Megatron's real loop, at every layout."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,9 +9,7 @@ from harness import Run, train
 from layouts import HERE, Layout
 
 from megatron_llr import assign_multipliers
-from megatron_llr.matrices.layout import flat_ranges
-from megatron_llr.megatron.catalog import build_catalog
-from megatron_llr.megatron.stepped_tensors import leaf_optimizers, stepped_tensors_of
+from megatron_llr.megatron.stepped_elements import stepped_elements
 from megatron_llr.ranks import gather_objects
 from tests.reference import llr as reference
 
@@ -83,25 +80,6 @@ def test_all_ranks_agree_to_the_bit(runs: Runs) -> None:
     assert len(set(run.multipliers.values())) > 4
 
 
-def _elements(run: Run) -> Iterator[tuple[str | None, torch.Tensor, object, torch.Tensor]]:
-    """(matrix, tensor, leaf, mask of its elements) for all that this rank steps."""
-    shards = build_catalog(run.model).shards
-    for leaf in leaf_optimizers(run.optimizer):
-        for master in stepped_tensors_of(leaf):
-            rest = torch.ones(master.tensor.numel(), dtype=torch.bool)
-            for shard in shards:
-                if shard.parameter is master.parameter:
-                    mask = torch.zeros_like(rest)
-                    columns = shard.parameter.shape[1]
-                    spans = shard.placement.spans
-                    for first, last in flat_ranges(spans, columns, master.start, master.stop):
-                        mask[first:last] = True
-                    rest &= ~mask
-                    yield shard.matrix, master.tensor, leaf, mask
-            if rest.any():
-                yield None, master.tensor, leaf, rest
-
-
 @pytest.mark.parametrize("decay", ["coupled", "decoupled", "alphadecay"])
 def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None:
     """Invariant 5: base(s) x multiplier(matrix, s), solved from the optimizer's real update; with
@@ -120,16 +98,16 @@ def test_every_element_moves_at_its_own_rate(layout: Layout, decay: str) -> None
             return
         if not done:
             multipliers.update(run.multipliers)
-            for _, tensor, _, _ in _elements(run):
-                before[id(tensor)] = tensor.detach().clone()
+            for each in stepped_elements(run.model, run.optimizer):
+                before[id(each.tensor)] = each.tensor.detach().clone()
             return
         base = reference.cosine(update, warmup=2, total=UPDATES, peak=2e-3, low=2e-4)
-        for matrix, tensor, leaf, mask in _elements(run):
-            inner = leaf.optimizer  # type: ignore[attr-defined]
+        for each in stepped_elements(run.model, run.optimizer):
+            matrix, tensor, mask = each.matrix, each.tensor, each.mask
             multiplier = multipliers[matrix] if matrix else 1.0
             # Decoupled: rate x multiplier x (decay / multiplier).
             factor = {"coupled": 1.0, "decoupled": 1 / multiplier, "alphadecay": multiplier}[decay]
-            rate = reference.adamw_rate_of(inner, tensor, before[id(tensor)], factor)
+            rate = reference.adamw_rate_of(each.optimizer, tensor, before[id(tensor)], factor)
             # fp32 weights hold an update of 1e-3 to 1e-4 of it; elements that barely move, less.
             moved = (tensor.detach() - before[id(tensor)]).abs() > 0.05 * base
             chosen = rate.view(-1)[mask & moved.view(-1)]

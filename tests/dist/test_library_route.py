@@ -39,7 +39,7 @@ def library_block() -> str:
 
 
 def build_model(tensor_parallel: int) -> list[torch.nn.Module]:
-    harness.drop_groups()
+    harness.destroy_groups()
     parallel_state.initialize_model_parallel(tensor_parallel)
     torch.manual_seed(7)
     model_parallel_cuda_manual_seed(7)

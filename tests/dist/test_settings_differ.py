@@ -112,7 +112,7 @@ def built() -> Iterator[Any]:
     """A model and its optimizer with layer groups."""
     run = train("--exit-interval 1")
     yield run
-    harness.drop_groups()
+    harness.destroy_groups()
 
 
 @pytest.mark.parametrize(

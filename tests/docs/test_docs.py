@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llr.tools.compare.grid import read_grid
+from megatron_llr.tools.self_test import cli as self_test
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +42,8 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
         assert any(place.exists() for place in places), path
 
 
-SCRIPTS = sorted((ROOT / "examples").glob("*.s*"))
+SELF_TEST = ROOT / "examples" / "self_test.sbatch"
+SCRIPTS = sorted(set((ROOT / "examples").glob("*.s*")) - {SELF_TEST})
 GRIDS = sorted((ROOT / "examples").rglob("*.yaml"))
 # Sizes, steps and rates of arXiv 2605.22297: (blocks, hidden, ffn, heads, steps, lr, min lr).
 LLAMA = {
@@ -52,7 +55,7 @@ LLAMA = {
 }
 
 
-def words_of(script: Path) -> list[str]:
+def words_of(script: Path, program: str = "pretrain_gpt_llr.py", *flags: str) -> list[str]:
     """What an example gives its launcher, which is replaced by one that prints it."""
     stub = 'stub() { printf "ARG %s\\n" "$@"; }; srun() { "$@"; }; scontrol() { echo h; }\n'
     stub += 'torchrun() { stub "$@"; }; exec() { "$@"; }\n'
@@ -63,10 +66,11 @@ def words_of(script: Path) -> list[str]:
         nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
         assert nodes
         environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
-    command = ["bash", "-c", f'{stub} bash "{script}" --llr-log-dir last']
+    last = shlex.join(flags or ("--llr-log-dir", "last"))
+    command = ["bash", "-c", f'{stub} bash "{script}" {last}']
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     given = [line.removeprefix("ARG ") for line in done.stdout.splitlines() if "ARG " in line]
-    assert "pretrain_gpt_llr.py" in given, done.stderr
+    assert program in given, done.stderr
     if "ARG tools/report_run.py" in done.stdout:
         given = given[: given.index("tools/report_run.py")]
     return given
@@ -157,6 +161,14 @@ def test_every_model_of_the_paper_has_both_scripts() -> None:
     assert (after(words, "--nnodes"), after(words, "--rdzv-endpoint")) == ("4", "h:29500")
     alone = words_of(ROOT / "examples" / "llama_1b.sh")
     assert (after(alone, "--nnodes"), after(alone, "--rdzv-endpoint")) == ("1", "localhost:0")
+
+
+def test_the_self_test_starts_on_every_node_of_a_slurm_job() -> None:
+    words = words_of(SELF_TEST, "tools/self_test.py", "--only", "dp", "--timeout", "9")
+    assert (after(words, "--nnodes"), after(words, "--rdzv-endpoint")) == ("2", "h:29500")
+    at = words.index("tools/self_test.py")
+    given = self_test.build_parser().parse_args(words[at + 1 :])
+    assert (given.only, given.timeout, str(given.out)) == ("dp", 9, "self_test-0.json")
 
 
 MEGATRON_NAMES = re.compile(
