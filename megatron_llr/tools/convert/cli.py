@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_llr.errors import input_error
-from megatron_llr.tools.convert.hugging_face import CONFIG
 from megatron_llr.tools.convert.options import Options
+from megatron_llr.tools.convert.tokenizer_files import CONFIG
 from megatron_llr.tools.progress import Progress
 
 _EXAMPLE = """\
@@ -59,12 +59,13 @@ def parser() -> argparse.ArgumentParser:
         type=_iteration,
         help="Megatron checkpoint to read, a number or `release` (default: last)",
     )
-    add("--files", type=Path, metavar="DIR", help="copy config.json and tokenizer from here")
+    text = "folder to copy config.json and tokenizer from, or a tokenizer only"
+    add("--files", "--tokenizer", type=Path, metavar="DIR", help=text)
     add(
         "--vocab-size",
         type=_positive,
         metavar="N",
-        help="rows to keep (default: config.json's, else Megatron's)",
+        help="rows to keep (default: config.json's, else the tokenizer's)",
     )
     text = "pad Megatron's vocabulary to a multiple (default: 128)"
     add("--vocab-multiple", type=_positive, default=128, metavar="N", help=text)
