@@ -1,6 +1,7 @@
 """The command line of the converter; `tools/convert_checkpoint.py` calls it."""
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -107,12 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     # Warnings of Megatron and PyTorch about missing GPUs and ranks do not concern this command.
     warnings.simplefilter("ignore")
+    # The converter's own errors say what transformers would warn about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         lines = convert(args.input, args.output, options)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as failed:
-        print(failed, file=sys.stderr)
+        # Names from a file can have line breaks and control characters, and any length.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(failed))
+        print(text[:1500], file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -12,7 +12,7 @@ _MAX_JSON_BYTES = 256 * 2**20
 
 def plain_name(name: object) -> bool:
     """Whether it is the name of a file in a folder, without a path to another folder."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable():
         return False
     return PurePath(name).name == name and "\\" not in name
 

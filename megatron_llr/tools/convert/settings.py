@@ -54,6 +54,8 @@ _READ = (
     "max_window_layers",
     "layer_types",
 )
+# None is their default: as many as query heads, and hidden / heads.
+_OPTIONAL = ("num_key_value_heads", "head_dim")
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31 - 1
 
@@ -70,8 +72,18 @@ def _require(settings: Any, required: Mapping[str, tuple[Any, ...]], where: str)
             )
 
 
+def _require_size(value: object, name: str, where: str) -> None:
+    """Refuse a setting that is not a positive integer; a special value such as -1 is not."""
+    largest = _MAX_LAYERS if name in ("num_hidden_layers", "num_layers") else _MAX_SIZE
+    if type(value) is not int or not 1 <= value <= largest:
+        raise input_error(
+            f"{where} has {name} = {shown(value)}. It must be a whole number from 1 to {largest}. "
+            "Correct it, or copy the model again."
+        )
+
+
 def _checked(model: Architecture, where: str, names: Mapping[str, str]) -> Architecture:
-    """The architecture, if all its values are in range; a special value such as -1 is not.
+    """The architecture, if all its values are in range.
 
     Args:
         model: values of any type, as read from a file.
@@ -79,21 +91,15 @@ def _checked(model: Architecture, where: str, names: Mapping[str, str]) -> Archi
         names: attribute -> name of the setting in the file, where it differs.
     """
     sizes = "layers hidden ffn heads groups channels vocab positions".split()
-    sizes += ["window"] if model.window is not None else []
+    for name in [*sizes, *(["window"] if model.window is not None else [])]:
+        _require_size(getattr(model, name), names.get(name, name), where)
     factors = ["norm_epsilon", "rope_theta"]
-    factors += ["rope_scaling"] if model.rope_scaling is not None else []
-    for name in (*sizes, *factors):
-        value, largest = getattr(model, name), _MAX_LAYERS if name == "layers" else _MAX_SIZE
-        if name in sizes:
-            allowed = f"a whole number from 1 to {largest}"
-            valid = type(value) is int and 1 <= value <= largest
-        else:
-            allowed = "a number above 0"
-            valid = type(value) in (int, float) and math.isfinite(value) and value > 0
-        if not valid:
+    for name in [*factors, *(["rope_scaling"] if model.rope_scaling is not None else [])]:
+        value = getattr(model, name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise input_error(
-                f"{where} has {names.get(name, name)} = {shown(value)}. It must be {allowed}. "
-                "Correct it, or copy the model again."
+                f"{where} has {names.get(name, name)} = {shown(value)}. It must be a number above "
+                "0. Correct it, or copy the model again."
             )
     if model.heads % model.groups:
         raise input_error(
@@ -117,12 +123,9 @@ def _with_defaults(path: Path, family: Family) -> Any:
             "converter reads only model.safetensors or its index. Rename the file and remove the "
             "setting."
         )
-    layers = raw.get("num_hidden_layers", 1)
-    if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
-        raise input_error(
-            f"{path} has num_hidden_layers = {shown(layers)}. It must be a whole number from 1 to "
-            f"{_MAX_LAYERS}. Correct it, or copy the model again."
-        )
+    for name in (*(theirs for ours, theirs, _ in SHARED if ours != "norm_epsilon"), "vocab_size"):
+        if name in raw and not (raw[name] is None and name in _OPTIONAL):
+            _require_size(raw[name], name, str(path))
     from transformers import AutoConfig
 
     read = (*_READ, *family.required)
