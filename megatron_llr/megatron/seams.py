@@ -43,6 +43,16 @@ def tokenizer_vocab_size() -> int:
     return int(get_tokenizer().vocab_size)
 
 
+def _record_tokenizer() -> None:
+    """Keep the tokenizer's size and end-of-document token in args, which a checkpoint contains.
+
+    An exported model needs both. Megatron's own args have only the padded size.
+    """
+    args = get_args()
+    args.llr_vocab_size = tokenizer_vocab_size()
+    args.llr_eod_id = getattr(get_tokenizer(), "eod", None)
+
+
 class _Seams:
     """Replacements of the rebound names during one run."""
 
@@ -60,6 +70,7 @@ class _Seams:
             {**shared_settings(self.script), "--seed": seed},
             lambda setting: f"give every rank the same {setting}",
         )
+        _record_tokenizer()
         weights = name_weights(model_chunks, self.config, tokenizer_vocab_size())
         if self.script.same_start:
             together(lambda: draw_weights(model_chunks, weights.padded_shards, seed))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llr.tools.convert.options import Options
+from megatron_llr.tools.convert.to_megatron import to_megatron
 from tests.reference import families
 
 
@@ -16,3 +18,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / family / "tokenizer.json").write_text("{}")
         (root / family / "model.safetensors.index.json.bak").write_text("not carried over")
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Megatron checkpoint of the tied model; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "megatron"
+    to_megatron(models / "qwen2", folder, Options())
+    return folder

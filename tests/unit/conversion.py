@@ -1,11 +1,16 @@
 """Helpers of the converter's tests."""
 
+import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from megatron_llr.tools.convert.restricted_pickle import FileSlice, load_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,3 +47,48 @@ def limited(kind: str, limit: int, *arguments: object) -> "subprocess.CompletedP
         timeout=120,
         check=False,
     )
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def replace_part(folder: Path, key: str, content: bytes) -> None:
+    """Replace the content of one entry of a checkpoint, in a file of its own."""
+    path = folder / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    place = next(place for place in index.storage_data if place.fqn == key)
+    (folder / "__9_0.distcp").write_bytes(content)
+    part = index.storage_data[place]
+    part.relative_path, part.offset, part.length = "__9_0.distcp", 0, len(content)
+    path.write_bytes(pickle.dumps(index))
+
+
+def edit_args(folder: Path, **changes: Any) -> None:
+    """Change Megatron's args in a checkpoint that the converter wrote."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    place = next(p for p in index.storage_data if p.fqn == "common_state/shard_0_1")
+    part = index.storage_data[place]
+    with FileSlice(folder / part.relative_path, part.offset, part.length) as file:
+        (state,) = load_archive(file)
+    for name, value in changes.items():
+        setattr(state["args"], name, value)
+    replace_part(folder, "common_state/shard_0_1", saved([state]))
+
+
+def make_tokenizer(folder: Path, size: int, **special: str) -> Path:
+    """A byte-level tokenizer of a number of tokens, of which the first three are special."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", "<pad>", *alphabet, *(f"<{n}>" for n in range(size))][:size]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder

@@ -1,5 +1,6 @@
 """The architecture of a dense LLaMA-style model, independent of either format. Pure Python."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,15 @@ def rope_of(parameters: Mapping[str, Any]) -> float | None:
     if kind == "default":
         return None
     same = all(parameters.get(key) == value for key, value in _LLAMA3_ROPE.items())
-    if kind != "llama3" or not same:
+    factor = parameters.get("factor")
+    if kind != "llama3" or not same or type(factor) not in (int, float):
         raise input_error(
-            f"The model scales its rotary frequencies with {dict(parameters)}, which Megatron "
-            f"cannot do. It supports no scaling, or rope_type llama3 with {_LLAMA3_ROPE}. This "
-            "model cannot be converted: it would compute a different function."
+            f"The model scales its rotary frequencies with {reprlib.repr(dict(parameters))}, which "
+            f"Megatron cannot do. It supports no scaling, or rope_type llama3 with a factor and "
+            f"{_LLAMA3_ROPE}. This model cannot be converted: it would compute a different "
+            "function."
         )
-    return float(parameters["factor"])
+    return float(factor)  # type: ignore[arg-type]
 
 
 def rope_parameters(architecture: Architecture) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The command line of the converter; `tools/convert_checkpoint.py` calls it."""
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_llr.errors import input_error
-from megatron_llr.tools.convert.hugging_face import CONFIG
 from megatron_llr.tools.convert.options import Options
+from megatron_llr.tools.convert.tokenizer_files import CONFIG
 from megatron_llr.tools.progress import Progress
 
 _EXAMPLE = """\
@@ -59,12 +60,13 @@ def parser() -> argparse.ArgumentParser:
         type=_iteration,
         help="Megatron checkpoint to read, a number or `release` (default: last)",
     )
-    add("--files", type=Path, metavar="DIR", help="copy config.json and tokenizer from here")
+    text = "folder to copy config.json and tokenizer from, or a tokenizer only"
+    add("--files", "--tokenizer", type=Path, metavar="DIR", help=text)
     add(
         "--vocab-size",
         type=_positive,
         metavar="N",
-        help="rows to keep (default: config.json's, else Megatron's)",
+        help="rows to keep (default: config.json's, else the tokenizer's)",
     )
     text = "pad Megatron's vocabulary to a multiple (default: 128)"
     add("--vocab-multiple", type=_positive, default=128, metavar="N", help=text)
@@ -106,12 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     # Warnings of Megatron and PyTorch about missing GPUs and ranks do not concern this command.
     warnings.simplefilter("ignore")
+    # The converter's own errors say what transformers would warn about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         lines = convert(args.input, args.output, options)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as failed:
-        print(failed, file=sys.stderr)
+        # Names from a file can have line breaks and control characters, and any length.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(failed))
+        print(text[:1500], file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,26 +11,11 @@ import torch
 
 from megatron_llr.errors import input_error
 from megatron_llr.output import and_more, cannot_write
-from megatron_llr.tools.convert.settings import read_json
+from megatron_llr.tools.convert.input_files import plain_name, read_json, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CONFIG = "config.json"
-
-# Tokenizers, chat templates, generation settings and model cards; never weights or their index.
-_CARRIED = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|spiece\.model|chat_template.*|generation_config\.json|config\.json)$"
-)
-
-
-def carry_files(source: Path, target: Path) -> list[str]:
-    """Copy config.json and the tokenizer's files; returns their names."""
-    names = sorted(p.name for p in source.iterdir() if _CARRIED.match(p.name) and p.is_file())
-    target.mkdir(exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+_ADAPTER = "adapter_config.json"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,8 +44,15 @@ class Entry:
 class SafetensorsFolder:
     """Reads tensors of a folder with one `model.safetensors`, or with shards and an index.
 
-    Files are memory-mapped while one tensor is copied, so memory holds only that tensor. The
-    constructor reads all headers: missing and truncated files raise before anything is written.
+    As in transformers, `model.safetensors` takes precedence over an index, and files that the index
+    does not name are not read. Of a tensor that is in several shards, the one that the index names
+    is read. Files are memory-mapped while one tensor is copied, so memory holds only that tensor.
+    The constructor reads all headers: missing and truncated files raise before anything is written.
+
+    Attributes:
+        folder: the folder.
+        entries: the tensors by name.
+        notes: what was not read although it is there.
 
     Raises:
         ValueError: if files are missing or damaged, or do not match the index.
@@ -70,34 +60,65 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: dict[str, Entry] = {}
-        index = self._index()
-        for file in sorted(set(index.values())) or [SINGLE]:
-            self._read_header(file)
-        missing = sorted(set(index) - set(self.entries))
-        if missing:
+        self.notes: list[str] = []
+        if (folder / _ADAPTER).exists():
             raise input_error(
-                f"The index of {folder} lists tensors that its files do not have: "
-                f"{and_more(missing)}, expected in {index[missing[0]]}. The index must match the "
-                "shards. Copy the folder again."
+                f"{folder} has an adapter ({_ADAPTER}), which transformers adds to the weights. "
+                "The weights must be those of the whole model. Merge the adapter with peft and "
+                "save the result."
             )
+        # The single file takes precedence over an index that may be older, as in transformers.
+        if (folder / SINGLE).exists():
+            self.entries = self._header(SINGLE)
+            if (folder / INDEX).exists():
+                self.notes.append(f"not read: {INDEX}, because there is {SINGLE}")
+        else:
+            self.entries = self._indexed(self._index())
 
     def _index(self) -> dict[str, str]:
-        # The single file takes precedence over an index that may be older, as in transformers.
-        if (self.folder / SINGLE).exists():
-            return {}
-        if not (self.folder / INDEX).exists():
+        """Name of every tensor -> its file."""
+        path = self.folder / INDEX
+        if not path.exists():
             raise input_error(
                 f"There are no weights in {self.folder}. It must have {SINGLE}, or {INDEX} and its "
                 "shards. Load pickled weights with transformers and save them as safetensors."
             )
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise input_error(
-                f"{self.folder / INDEX} lists no tensors: it has no weight_map. It must be an "
-                "index in the format of transformers. Copy the folder again."
+                f"{path} lists no tensors: it has no weight_map. It must be an index in the format "
+                "of transformers. Copy the folder again."
             )
-        return {str(name): str(file) for name, file in weight_map.items()}
+        for name, file in weight_map.items():
+            if not plain_name(file):
+                raise input_error(
+                    f"{path} places {name[:80]} in {shown(file)}. It must be the name of a file in "
+                    "the same folder. Copy the folder again."
+                )
+        return weight_map
+
+    def _indexed(self, index: dict[str, str]) -> dict[str, Entry]:
+        """The tensors that the index lists, where it places them."""
+        headers = {file: self._header(file) for file in sorted(set(index.values()))}
+        for name, file in index.items():
+            if name not in headers[file]:
+                others = [other for other, header in headers.items() if name in header]
+                state = f"it is in {others[0]}" if others else "no file has it"
+                raise input_error(
+                    f"The index of {self.folder} places {name[:80]} in {file}, but {state}. The "
+                    "index must match the shards. Copy the folder again."
+                )
+        for file, header in headers.items():
+            unlisted = sorted(header.keys() - index.keys())
+            if unlisted:
+                raise input_error(
+                    f"{self.folder / file} has tensors that the index does not list: "
+                    f"{and_more(unlisted)}. The index must match the shards. Copy the folder again."
+                )
+            copies = [name for name in header if index[name] != file]
+            if copies:
+                self.notes.append(f"not read in {file}: {and_more(copies)}, by the index")
+        return {name: headers[file][name] for name, file in index.items()}
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -105,6 +126,8 @@ class SafetensorsFolder:
 
         path = self.folder / file
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("not a regular file")
             with safe_open(path, framework="pt") as handle:
                 yield handle
         except (OSError, SafetensorError) as broken:
@@ -113,11 +136,14 @@ class SafetensorsFolder:
                 "safetensors file. Copy it again."
             ) from broken
 
-    def _read_header(self, file: str) -> None:
+    def _header(self, file: str) -> dict[str, Entry]:
+        """The tensors of one file."""
+        entries: dict[str, Entry] = {}
         with self._open(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 part = handle.get_slice(name)
-                self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+                entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+        return entries
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, without reading it.

@@ -143,7 +143,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_named(model_type: str) -> Family:
+def family_named(model_type: object) -> Family:
     """The family with this `model_type`.
 
     Raises:
@@ -152,7 +152,7 @@ def family_named(model_type: str) -> Family:
     matching = [family for family in FAMILIES if family.model_type == model_type]
     if not matching:
         raise input_error(
-            f"Models with model_type {model_type!r} cannot be converted. Supported are "
+            f"Models with model_type {str(model_type)[:80]!r} cannot be converted. Supported are "
             f"{', '.join(family.model_type for family in FAMILIES)}. To add a family, add a row to "
             "FAMILIES in megatron_llr/tools/convert/model_families.py."
         )

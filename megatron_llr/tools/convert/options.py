@@ -29,10 +29,11 @@ class Options:
         dtype: of the output, or None for that of the input.
         vocab_multiple: to Megatron: the vocabulary is padded to a multiple of this many rows.
         vocab_size: to Hugging Face: rows of the vocabulary to keep; by default those of the
-            config.json, or those in Megatron's args if there is none.
+            config.json, or the tokenizer's size at save time if there is none.
         shard_size: to Hugging Face: bytes of an output file.
         iteration: of a Megatron checkpoint, by default the last.
-        files: to Hugging Face: a folder with the config.json and tokenizer to copy.
+        files: to Hugging Face: a folder with the config.json and tokenizer to copy, or with a
+            tokenizer only.
     """
 
     dtype: torch.dtype | None = None

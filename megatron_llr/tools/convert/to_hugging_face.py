@@ -10,59 +10,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_llr import state
 from megatron_llr.errors import input_error
 from megatron_llr.output import and_more, require_space, staged_folder
 from megatron_llr.tools.convert import settings
 from megatron_llr.tools.convert.architecture import Architecture
-from megatron_llr.tools.convert.hugging_face import CONFIG, Shards, carry_files, dtype_name
+from megatron_llr.tools.convert.hugging_face import Shards, dtype_name
+from megatron_llr.tools.convert.input_files import read_json
 from megatron_llr.tools.convert.links import LAYER_PREFIX, Link, links_of
 from megatron_llr.tools.convert.model_families import Family, family_for
-from megatron_llr.tools.convert.options import HUGGING_FACE, STATE, Options
+from megatron_llr.tools.convert.options import STATE, Options
 from megatron_llr.tools.convert.printout import Report
 from megatron_llr.tools.convert.read_torch_dist import TorchDistReader, iteration_folder, unreadable
+from megatron_llr.tools.convert.tokenizer_files import (
+    CONFIG,
+    copy_model_files,
+    copy_tokenizer,
+    loads_differently,
+)
+from megatron_llr.tools.convert.vocabulary import Vocabulary, vocabulary_of
 from megatron_llr.tools.progress import Progress
 
 _MODEL_PREFIXES = ("embedding.", "encoder.", "decoder.", "output_layer.", "mtp.")
 _VOCABULARY = "embedding.word_embeddings.weight"
-
-
-def _vocabulary(args: Any, padded: int, options: Options, config: Path | None) -> int:
-    """Rows of the vocabulary to keep."""
-    configured = settings.read_json(config).get("vocab_size") if config is not None else None
-    vocab = int(options.vocab_size or configured or getattr(args, "vocab_size", None) or padded)
-    if not 0 < vocab <= padded:
-        raise input_error(
-            f"The vocabulary size {vocab} is not valid for this checkpoint. It must be 1 to "
-            f"{padded}. Set it with --vocab-size."
-        )
-    return vocab
-
-
-def _common_state(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint other than tensors: args, and the scheduler with our state."""
-    from megatron.core.dist_checkpointing.serialization import (
-        load_common_state_dict,  # Megatron's own reader
-    )
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        return dict(load_common_state_dict(str(folder)))
-    except (Exception, CheckpointException) as broken:
-        raise unreadable(f"the settings saved in {folder}", broken) from broken
-
-
-def _carried_config(folder: Path, options: Options) -> Path | None:
-    """config.json to copy: from `--files`, or from the conversion that made the checkpoint."""
-    if options.files is not None:
-        if not (options.files / CONFIG).exists():
-            raise input_error(
-                f"There is no {CONFIG} in {options.files}. --files must be a Hugging Face folder. "
-                f"Without --files, {CONFIG} is made from Megatron's args."
-            )
-        return options.files / CONFIG
-    converted = folder.parent / HUGGING_FACE / CONFIG
-    return converted if converted.exists() else None
 
 
 def _check_config(config: Path, carried: Architecture, model: Architecture) -> None:
@@ -79,19 +51,29 @@ def _check_config(config: Path, carried: Architecture, model: Architecture) -> N
         )
 
 
-def _end_of_document(args: Any) -> int | None:
-    """Id of the end-of-document token if Megatron's args imply it: a NullTokenizer's last id."""
-    if getattr(args, "tokenizer_type", None) != "NullTokenizer":
-        return None
-    eod = getattr(args, "null_tokenizer_eod_id", None)
-    return int(args.vocab_size) - 1 if eod is None else int(eod)
-
-
-def _made_config(family: Family, model: Architecture, dtype: str, args: Any) -> dict[str, Any]:
-    """A config.json, for when there is none to copy."""
-    config = settings.to_config(family, model, dtype)
-    # Without these transformers uses the family's defaults, ids 1 and 2.
-    return config | {"bos_token_id": None, "eos_token_id": _end_of_document(args)}
+def _write_settings(
+    output: Path,
+    vocabulary: Vocabulary,
+    family: Family,
+    model: Architecture,
+    dtype: torch.dtype,
+    options: Options,
+) -> list[str]:
+    """Write config.json and the tokenizer's files; returns what the user should know."""
+    notes = list(vocabulary.notes)
+    if vocabulary.config is None:
+        config = settings.to_config(family, model, dtype_name(dtype))
+        # Without special ids transformers uses the family's defaults, 1 and 2.
+        _write(output / CONFIG, {**config, **vocabulary.special})
+    else:
+        copy_model_files(vocabulary.config.parent, output)
+        _update_config(output / CONFIG, dtype_name(dtype), options.vocab_size)
+    if vocabulary.folder is not None:
+        copy_tokenizer(vocabulary.folder, output)
+        notes.append(f"tokenizer copied from {vocabulary.folder}")
+    if vocabulary.tokenizer is not None:
+        notes += loads_differently(vocabulary.tokenizer, output)
+    return notes
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
@@ -106,12 +88,32 @@ def _update_config(config: Path, dtype: str, vocab: int | None) -> None:
         dtype: of the weights; a config.json may leave it out.
         vocab: rows chosen by the user, if any.
     """
-    before = settings.read_json(config)
+    before = read_json(config)
     changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if before.get(key)}
     if vocab is not None:
         changes["vocab_size"] = vocab
     if {**before, **changes} != before:
         _write(config, {**before, **changes})
+
+
+def _layerwise_state(common: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The extension's state in the scheduler's, or None."""
+    scheduler = common.get("opt_param_scheduler")
+    text = scheduler.get(state.KEY) if isinstance(scheduler, dict) else None
+    try:
+        return state.decode(text) if isinstance(text, str) else None
+    except RecursionError as broken:
+        raise unreadable("the extension's state", broken) from broken
+
+
+def _check_depth(reader: TorchDistReader, model: Architecture) -> None:
+    """Check the number of layers before a table of all their tensors is made."""
+    if model.layers > reader.depth:
+        raise input_error(
+            f"The checkpoint's args have num_layers = {model.layers}, but it has the tensors of "
+            f"{reader.depth} layers. The checkpoint is damaged: choose an earlier one with "
+            "--iteration."
+        )
 
 
 def _check_tensors(reader: TorchDistReader, links: list[Link], model: Architecture) -> None:
@@ -160,31 +162,26 @@ def to_hugging_face(
     """
     folder = iteration_folder(source, options.iteration)
     reader = TorchDistReader(folder)
-    common = _common_state(folder)
-    padded = reader.shape(_VOCABULARY, None)[0]
-    carried = _carried_config(folder, options)
-    model = settings.from_args(
-        common["args"], _vocabulary(common["args"], padded, options, carried)
-    )
+    common = reader.common_state()
+    padded = (reader.shape(_VOCABULARY, None) or (0,))[0]
+    vocabulary = vocabulary_of(common["args"], folder, padded, options)
+    model = settings.from_args(common["args"], vocabulary.rows)
     family = family_for(model)
-    if carried is not None:
-        family, theirs = settings.from_config(carried)
-        vocab = options.vocab_size or theirs.vocab
-        _check_config(carried, replace(theirs, vocab=vocab), model)
+    if vocabulary.config is not None:
+        family, theirs = settings.from_config(vocabulary.config)
+        _check_config(vocabulary.config, replace(theirs, vocab=model.vocab), model)
+    _check_depth(reader, model)
     links = links_of(family, model, padded)
     _check_tensors(reader, links, model)
     dtype = options.dtype or reader.dtype(_VOCABULARY, None)
+    document = _layerwise_state(common)
     report = Report(links)
     size = report.numel * dtype.itemsize
     if progress is not None:
         progress.expect(size)
     with staged_folder(target) as output:
         require_space(output, size)
-        if carried is None:
-            _write(output / CONFIG, _made_config(family, model, dtype_name(dtype), common["args"]))
-        else:
-            carry_files(carried.parent, output)
-            _update_config(output / CONFIG, dtype_name(dtype), options.vocab_size)
+        report.notes += _write_settings(output, vocabulary, family, model, dtype, options)
         shards = Shards(output, options.shard_size)
         for link in links:
             fused = reader.read(link.key, link.layer)
@@ -193,7 +190,6 @@ def to_hugging_face(
             if progress is not None:
                 progress.advance(sum(part.nbytes for part in parts.values()), link.key)
         files = shards.close()
-        document = state.decode(common.get("opt_param_scheduler", {}).get(state.KEY))
         if document is not None:
             _write(output / STATE, document)
     report.notes.append(f"written as {family.model_type} in {len(files)} file(s)")

@@ -15,16 +15,12 @@ from megatron_llr.errors import input_error
 from megatron_llr.output import and_more, require_space, staged_folder
 from megatron_llr.tools.convert import settings
 from megatron_llr.tools.convert.architecture import Architecture
-from megatron_llr.tools.convert.hugging_face import (
-    CONFIG,
-    SafetensorsFolder,
-    carry_files,
-    dtype_name,
-)
+from megatron_llr.tools.convert.hugging_face import SafetensorsFolder, dtype_name
 from megatron_llr.tools.convert.links import LAYER_PREFIX, Link, links_of
 from megatron_llr.tools.convert.model_families import Family
 from megatron_llr.tools.convert.options import FLAGS, HUGGING_FACE, TRACKER, Options
 from megatron_llr.tools.convert.printout import Report
+from megatron_llr.tools.convert.tokenizer_files import CONFIG, copy_model_files, copy_tokenizer
 from megatron_llr.tools.convert.write_torch_dist import SavedTensor, write_torch_dist
 from megatron_llr.tools.progress import Progress
 
@@ -51,6 +47,15 @@ def _check_tied(source: SafetensorsFolder) -> None:
             f"config.json ties {_HEAD} to {_EMBEDDING}, but their values differ. A tied head must "
             "equal the embedding or be absent. If the model is not tied, set tie_word_embeddings "
             "to false in config.json."
+        )
+
+
+def _check_depth(source: SafetensorsFolder, model: Architecture) -> None:
+    """Check the number of layers before a table of all their tensors is made."""
+    if model.layers > len(source.entries):
+        raise input_error(
+            f"{source.folder / CONFIG} has num_hidden_layers = {model.layers}, but the folder "
+            f"has only {len(source.entries)} tensors. Copy the folder again, or correct {CONFIG}."
         )
 
 
@@ -127,8 +132,9 @@ def to_megatron(
     """
     family, model = settings.from_config(source / CONFIG)
     padded = -(-model.vocab // options.vocab_multiple) * options.vocab_multiple
-    links = links_of(family, model, padded)
     weights = SafetensorsFolder(source)
+    _check_depth(weights, model)
+    links = links_of(family, model, padded)
     _check_parts(weights, links, family, model.tied)
     if model.tied:
         _check_tied(weights)
@@ -153,7 +159,7 @@ def to_megatron(
         return fused
 
     tensors = _saved_tensors(links, model, dtype_of)
-    report = Report(links)
+    report = Report(links, list(weights.notes))
     size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in tensors)
     if progress is not None:
         progress.expect(size)
@@ -161,7 +167,8 @@ def to_megatron(
         require_space(folder, size)
         (folder / "release").mkdir()
         write_torch_dist(folder / "release", tensors, make, _objects(model, padded))
-        carried = carry_files(source, folder / HUGGING_FACE)
+        carried = copy_model_files(source, folder / HUGGING_FACE)
+        carried += copy_tokenizer(source, folder / HUGGING_FACE)
         (folder / FLAGS).write_text("\n".join(settings.to_flags(model, padded)) + "\n")
         (folder / TRACKER).write_text("release")
     if padded != model.vocab:
