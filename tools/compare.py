@@ -14,18 +14,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from megatron_llr.tools.compare.grid import Grid, read_grid
+from megatron_llr.tools.compare.grid import Grid
+from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.compare.jobs import command, pending, run_grid
 from megatron_llr.tools.entry_point import run_tool
 
 say = partial(print, flush=True)
 
 
-def write_report(grid: Grid) -> None:
+def report(grid: Grid) -> None:
     """Read the finished runs, write the report and print its table."""
-    from megatron_llr.tools.compare.report import report
+    from megatron_llr.tools.compare.report import write_report
 
-    print(report(grid))
+    print(write_report(grid))
 
 
 def main() -> int:
@@ -51,7 +52,7 @@ def main() -> int:
     try:
         grid = read_grid(given.grid, given.out)
         if given.report_only:
-            write_report(grid)
+            report(grid)
             return 0
         waiting = pending(grid, rerun_changed=given.rerun_changed)
     except (ValueError, ImportError) as error:
@@ -60,10 +61,18 @@ def main() -> int:
     if given.dry_run:
         for run in waiting:
             print(shlex.join(command(grid, run)))
+        if grid.extend or grid.sensitivity:
+            print("More runs may follow from the results of these.", file=sys.stderr)
         return 0
     try:
-        failed = run_grid(grid, waiting, jobs=max(1, given.jobs), say=say)
-        write_report(grid)
+        failed = run_grid(
+            grid,
+            waiting,
+            jobs=max(1, given.jobs),
+            say=say,
+            rerun_changed=given.rerun_changed,
+        )
+        report(grid)
     except KeyboardInterrupt:
         print("Finished runs are kept; the same command runs the others.", file=sys.stderr)
         raise

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.tools.compare.grid import read_grid
+from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.self_test import cli as self_test
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def parsed_examples() -> dict[str, dict[str, object]]:
         ranks = nodes * int(after(words, "--nproc-per-node"))
         jobs[script.name] = (ranks, words[words.index("pretrain_gpt_llr.py") + 1 :])
     for path in GRIDS:
-        for run in read_grid(path).runs():
+        for run in read_grid(path).base_runs():
             jobs.setdefault(f"{path.parent.name}/{path.name}: {run.policy}", (1, run.settings))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

@@ -11,13 +11,14 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_llr.tools.compare.aggregate import rows_of
+from megatron_llr.tools.compare.aggregate import summaries_of
 from megatron_llr.tools.compare.checks import flagged
+from megatron_llr.tools.compare.command_flags import beyond_policy, value_of
 from megatron_llr.tools.compare.counterparts import effects
-from megatron_llr.tools.compare.flags import beyond_policy, value_of
-from megatron_llr.tools.compare.grid import Grid, Run, read_grid
+from megatron_llr.tools.compare.grid import Grid, Run
+from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.compare.jobs import _prepare_folder, command, pending
-from megatron_llr.tools.compare.report import report
+from megatron_llr.tools.compare.report import write_report
 from megatron_llr.tools.compare.results import has_diverged, read_result, write_done
 from megatron_llr.tools.compare.statistics import (
     difference_of,
@@ -109,7 +110,7 @@ def test_controls_do_not_replace_the_users_policies(make_grid: MakeGrid) -> None
 
 def test_runs_differ_only_in_policy_rate_and_seed(make_grid: MakeGrid) -> None:
     grid = make_grid()
-    runs = grid.runs()
+    runs = grid.base_runs()
     assert len(runs) == 6 * 2 * 3 == len({run.folder for run in runs})
     assert [run.seed for run in runs] == [1] * 12 + [2] * 12 + [3] * 12
     for run in runs:
@@ -118,7 +119,7 @@ def test_runs_differ_only_in_policy_rate_and_seed(make_grid: MakeGrid) -> None:
         assert {"--llr-same-start", "--llr-fixed-validation"} <= set(run.settings)
         permutation = value_of(run.settings, "--llr-random-seed")
         assert permutation == (str(run.seed) if run.policy == "esd-random" else None)
-        assert beyond_policy(run.settings, grid.runs()[0].settings) in (
+        assert beyond_policy(run.settings, grid.base_runs()[0].settings) in (
             [],
             *(["--seed"], ["--lr", "--min-lr"], ["--lr", "--min-lr", "--seed"]),
         )
@@ -126,7 +127,7 @@ def test_runs_differ_only_in_policy_rate_and_seed(make_grid: MakeGrid) -> None:
     assert line[:4] == ["torchrun", "--nproc-per-node", "8", "pretrain_gpt_llr.py"]
     assert "--save" not in line
     saving = make_grid(flags=FLAGS + " --save-interval 10")
-    assert str(runs[0].folder / "checkpoint") in command(saving, saving.runs()[0])
+    assert str(runs[0].folder / "checkpoint") in command(saving, saving.base_runs()[0])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_runs_differ_only_in_policy_rate_and_seed(make_grid: MakeGrid) -> None:
         ({"seeds": 3}, "seeds: "),
         ({"learning_rates": [0.0]}, "learning_rates: "),
         ({"learning_rates": ["fast"]}, "learning_rates: "),
-        ({"learning_rates": [1.0000001e-3, 1.0000002e-3]}, "rates that differ in their first six"),
+        ({"learning_rates": [1.0000001e-3, 1.0000002e-3]}, "values that differ in their first six"),
         ({"min_lr_ratio": "low"}, "min_lr_ratio: "),
         ({"min_lr_ratio": -0.1}, "min_lr_ratio: -0.1. It must have a number there, 0 or more"),
         ({"gpus_per_run": None}, "gpus_per_run: "),
@@ -163,7 +164,7 @@ def test_a_rate_may_decay_to_zero_and_out_may_be_in_the_home_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     grid = make_grid(min_lr_ratio=0, out="~/runs")
     assert grid.out == tmp_path / "runs"
-    assert {value_of(run.settings, "--min-lr") for run in grid.runs()} == {"0"}
+    assert {value_of(run.settings, "--min-lr") for run in grid.base_runs()} == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -227,24 +228,24 @@ def test_what_counts_as_diverged() -> None:
 
 def test_a_finished_run_is_neither_repeated_nor_deleted(make_grid: MakeGrid) -> None:
     grid = make_grid()
-    first = grid.runs()[0]
+    first = grid.base_runs()[0]
     finish(first, [3.0, 2.0])
     assert first not in pending(grid)
     assert len(pending(grid)) == 35
-    (grid.runs()[1].folder).mkdir(parents=True)
-    (grid.runs()[1].folder / "done.json").write_text('{"version": 1, "dig')
-    assert grid.runs()[1] in pending(grid)
+    (grid.base_runs()[1].folder).mkdir(parents=True)
+    (grid.base_runs()[1].folder / "done.json").write_text('{"version": 1, "dig')
+    assert grid.base_runs()[1] in pending(grid)
     changed = make_grid(flags=FLAGS + " --weight-decay 0.2")
     with pytest.raises(ValueError, match=r"--weight-decay None, now 0\.2.*--rerun-changed"):
         pending(changed)
     assert len(pending(changed, rerun_changed=True)) == 36
-    assert read_result(changed.runs()[0]) is None
+    assert read_result(changed.base_runs()[0]) is None
     more = make_grid(learning_rates=[1e-3, 3e-3, 1e-2])
     assert len(pending(more)) == 53
 
 
 def test_only_a_checkpoint_with_the_same_settings_is_resumed(make_grid: MakeGrid) -> None:
-    run, other = make_grid().runs()[:2]
+    run, other = make_grid().base_runs()[:2]
     for expected in (False, True):
         _prepare_folder(run)
         assert (run.folder / "checkpoint").exists() is expected
@@ -261,7 +262,7 @@ def test_only_a_checkpoint_with_the_same_settings_is_resumed(make_grid: MakeGrid
 
 def filled(grid: Grid) -> None:
     """At 1e-3 uniform is best, esd at 3e-3 and 0.1 better; random diverges at 3e-3."""
-    for run in grid.runs():
+    for run in grid.base_runs():
         offset = {"uniform": 0.0, "esd": -0.2}.get(run.policy, 0.05)
         steep = run.learning_rate > 2e-3
         losses = [3.0 + offset, 2.0 + offset + 0.01 * run.seed + (0.1 if steep else 0.0)]
@@ -273,8 +274,8 @@ def filled(grid: Grid) -> None:
 def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
     grid = make_grid()
     filled(grid)
-    results = [read_result(run) for run in grid.runs()]
-    rows = {row.cell.policy: row for row in rows_of(grid, [r for r in results if r])}
+    results = [read_result(run) for run in grid.base_runs()]
+    rows = {row.cell.policy: row for row in summaries_of(grid, [r for r in results if r])}
     assert next(iter(rows)) == "uniform"
     assert rows["uniform"].cell.learning_rate == 1e-3
     assert rows["uniform"].speedup == 1.0
@@ -288,7 +289,7 @@ def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
     assert esd.speedup == pytest.approx(64 * 100 / esd.tokens)
     assert rows["esd-mean1"].tokens is None
     assert "diverged at 0.003: 3 of 3" in rows["esd-random"].notes
-    text = report(grid)
+    text = write_report(grid)
     assert "FLAGGED" not in text
     assert "their order, against random" in text
     assert text == (grid.out / "table.txt").read_text().rstrip("\n")
@@ -301,10 +302,10 @@ def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
 
 def test_an_unfinished_grid_is_reported(make_grid: MakeGrid) -> None:
     grid = make_grid()
-    assert report(grid).startswith("0 of 36 runs done")
-    for run in grid.runs()[:3]:
+    assert write_report(grid).startswith("0 of 36 runs done")
+    for run in grid.base_runs()[:3]:
         finish(run, [3.0, 2.0])
-    assert "1 of 3 seeds" in report(grid)
+    assert "1 of 3 seeds" in write_report(grid)
 
 
 def test_an_unfair_comparison_is_flagged(make_grid: MakeGrid) -> None:
@@ -313,10 +314,10 @@ def test_an_unfair_comparison_is_flagged(make_grid: MakeGrid) -> None:
         "heavier": "--llr-policy depth-linear --weight-decay 0.3",
     }
     grid = make_grid(policies=policies, learning_rates=[1e-3], seeds=[1])
-    control, other = grid.runs()
+    control, other = grid.base_runs()
     finish(control, [3.0, 2.0], first=5.0, environment={"torch": "2.13"})
     finish(other, [3.0], first=5.01, environment={"torch": "2.12"})
-    lines = flagged(grid, [r for r in map(read_result, grid.runs()) if r])
+    lines = flagged(grid, [r for r in map(read_result, grid.base_runs()) if r])
     for part in (
         "heavier differs from uniform in --weight-decay",
         "heavier, lr 0.001, seed 1: loss 5.01 at update 1, but the control has 5",
@@ -324,20 +325,20 @@ def test_an_unfair_comparison_is_flagged(make_grid: MakeGrid) -> None:
         "different torch: 2.12, 2.13",
     ):
         assert any(part in line for line in lines), part
-    assert "FLAGGED:" in report(grid)
+    assert "FLAGGED:" in write_report(grid)
 
 
 def test_a_first_loss_that_was_not_logged_is_no_difference(make_grid: MakeGrid) -> None:
     flags = FLAGS + " --tensorboard-log-interval 10"
     grid = make_grid(flags=flags, learning_rates=[1e-3], seeds=[1], counterparts=False)
-    for run in grid.runs():
+    for run in grid.base_runs():
         finish(run, [3.0, 2.0], first=math.nan)
         assert value_of(command(grid, run), "--tensorboard-log-interval") == "1"
-    assert flagged(grid, [r for r in map(read_result, grid.runs()) if r]) == []
+    assert flagged(grid, [r for r in map(read_result, grid.base_runs()) if r]) == []
 
 
 def test_the_record_of_a_run_names_its_settings(make_grid: MakeGrid) -> None:
-    run = make_grid().runs()[0]
+    run = make_grid().base_runs()[0]
     finish(run, [1.0])
     record = json.loads((run.folder / "done.json").read_text())
     assert record["settings"] == list(run.settings)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,22 @@ from megatron_llr.tools.compare.results import DONE
 FLAGS = "--seq-length 16 --global-batch-size 4 --train-iters 100 --eval-iters 2"
 
 
-def grid_of(out: Path, flags: str = FLAGS, *, script: str = "", gpus: int = 1) -> Grid:
-    policies = {"uniform": ("--llr-policy", "uniform")}
-    numbers = ((1e-3,), (1,), "uniform", 0.1)
-    return Grid(out, tuple(flags.split()), policies, *numbers, (), script, gpus)
+def grid_of(out: Path, flags: str = FLAGS, *, script: str = "", gpus: float = 1) -> Grid:
+    return Grid(
+        out=out,
+        flags=tuple(flags.split()),
+        policies={"uniform": ("--llr-policy", "uniform")},
+        learning_rates=(1e-3,),
+        iterations=(100,),
+        seeds=(1,),
+        script=script,
+        gpus_per_run=Fraction(gpus),
+    )
 
 
 def ended(grid: Grid, reached: int, program: str, log: str = "") -> _Outcome:
     """What the tool makes of a job that was evaluated last at an update and then ended."""
-    run = grid.runs()[0]
+    run = grid.base_runs()[0]
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "log.txt").write_text(log)
     with SummaryWriter(run.folder / "tensorboard") as writer:
@@ -48,7 +56,7 @@ def ended(grid: Grid, reached: int, program: str, log: str = "") -> _Outcome:
 
 def test_a_job_that_ends_before_its_last_update_is_not_done(tmp_path: Path) -> None:
     grid = grid_of(tmp_path)
-    folder = grid.runs()[0].folder
+    folder = grid.base_runs()[0].folder
     early = ended(grid, 50, "true")
     assert not early.done
     assert "last evaluated at update 50 of 100" in early.text
@@ -71,7 +79,7 @@ def test_a_folder_whose_job_still_runs_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text("import time; time.sleep(60)")
     grid = grid_of(tmp_path / "out", script=str(script))
-    run = grid.runs()[0]
+    run = grid.base_runs()[0]
     job = _start(grid, run, 0, 1)
     try:
         with pytest.raises(
@@ -114,7 +122,7 @@ def test_jobs_take_no_gpu_that_is_not_visible(
         ValueError,
         match=r"CUDA_VISIBLE_DEVICES=4,5 has .*needs at least 3.*Lower --jobs.*gpus_per_run",
     ):
-        run_grid(grid, grid.runs(), jobs=3, say=print)
+        run_grid(grid, grid.base_runs(), jobs=3, say=print)
     assert not any(tmp_path.iterdir())
     no_gpu = _job_environment(grid_of(tmp_path, gpus=0), 2, 3)
     assert no_gpu["CUDA_VISIBLE_DEVICES"] == ""

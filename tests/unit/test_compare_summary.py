@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llr.tools.compare.aggregate import PolicyRow, effect_rows, rows_of
+from megatron_llr.tools.compare.aggregate import PolicySummary, effect_differences, summaries_of
 from megatron_llr.tools.compare.grid import Grid, Run
 from megatron_llr.tools.compare.results import Result
 
@@ -17,15 +17,29 @@ Losses = Mapping[tuple[str, float], Mapping[int, float]]
 
 def grid_of(*rates: float, policies: tuple[str, ...] = ("uniform", "esd")) -> Grid:
     flags = {name: ("--llr-policy", name.rpartition("-")[2]) for name in policies}
-    paths = (Path("out"), tuple(FLAGS))
-    return Grid(*paths, flags, rates, (1, 2, 3), "uniform", 0.1, (), "script", 1)
+    return Grid(
+        out=Path("out"),
+        flags=tuple(FLAGS),
+        policies=flags,
+        learning_rates=rates,
+        iterations=(100,),
+        seeds=(1, 2, 3),
+    )
 
 
 def results_of(losses: Losses) -> list[Result]:
     """(policy, rate) -> seed -> final loss; all curves begin at 3; infinite: diverged."""
     return [
         Result(
-            Run(policy, rate, seed, (), Path()),
+            Run(
+                policy=policy,
+                iterations=100,
+                learning_rate=rate,
+                seed=seed,
+                settings=(),
+                folder=Path(),
+                title="",
+            ),
             first_loss=5.0,
             curve=((50, 3.0), (100, loss)),
             diverged=math.isinf(loss),
@@ -37,11 +51,11 @@ def results_of(losses: Losses) -> list[Result]:
     ]
 
 
-def rows(losses: Losses, *rates: float) -> dict[str, PolicyRow]:
-    return {row.cell.policy: row for row in rows_of(grid_of(*rates), results_of(losses))}
+def rows(losses: Losses, *rates: float) -> dict[str, PolicySummary]:
+    return {row.cell.policy: row for row in summaries_of(grid_of(*rates), results_of(losses))}
 
 
-def difference(row: PolicyRow) -> float:
+def difference(row: PolicySummary) -> float:
     assert row.difference is not None
     return row.difference.value
 
@@ -129,7 +143,7 @@ def test_a_rate_at_which_any_seed_diverged_is_the_worst() -> None:
 def test_effects_are_of_the_seeds_that_their_policies_share() -> None:
     grid = grid_of(LOW, policies=("uniform", "esd", "esd-random"))
     losses = {("esd", LOW): {1: 2.5, 2: 1.0}, ("esd-random", LOW): {1: 2.6, 3: 1.0}}
-    by_effect = {e.meaning: d for e, d in effect_rows(grid, results_of(losses))}
+    by_effect = {e.meaning: d for e, d in effect_differences(grid, results_of(losses))}
     order = by_effect["their order, against random"]
     assert order is not None
     assert order.value == pytest.approx(-0.1)

@@ -1,6 +1,7 @@
-"""Results aggregated to one row per policy, each at its own best learning rate."""
+"""Results aggregated per policy, each at its own best learning rate."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PolicyRow:
+class PolicySummary:
     """One policy at its best learning rate, compared with the control at its own best."""
 
     cell: Cell
@@ -102,18 +103,20 @@ class PolicyRow:
 
 
 def cells_of(grid: Grid, results: Sequence[Result]) -> list[Cell]:
-    """One cell per policy and rate that have a finished run."""
-    cells = []
-    for policy in grid.policies:
-        for rate in grid.learning_rates:
-            mine = tuple(
-                result
-                for result in results
-                if result.run.policy == policy and result.run.learning_rate == rate
-            )
-            if mine:
-                cells.append(Cell(policy, rate, mine, len(grid.seeds)))
-    return cells
+    """One cell per policy and rate that have a finished run, in the order of the grid.
+
+    Args:
+        grid: the grid.
+        results: of one training length.
+    """
+    by_cell: dict[tuple[str, float], list[Result]] = defaultdict(list)
+    for result in results:
+        by_cell[result.run.policy, result.run.learning_rate].append(result)
+    order = {policy: index for index, policy in enumerate(grid.policies)}
+    return [
+        Cell(policy, rate, tuple(by_cell[policy, rate]), len(grid.seeds))
+        for policy, rate in sorted(by_cell, key=lambda key: (order[key[0]], key[1]))
+    ]
 
 
 def _shared_seeds(ours: Sequence[Cell], theirs: Sequence[Cell]) -> frozenset[int]:
@@ -157,7 +160,7 @@ def _left_out(grid: Grid, cells: Sequence[Cell], policy: str, seeds: frozenset[i
     seeds_at = {cell.learning_rate: cell.by_seed.keys() for cell in cells if cell.policy == policy}
     return [
         f"{rate:g} ({len(seeds_at.get(rate, ()))} of {len(grid.seeds)})"
-        for rate in grid.learning_rates
+        for rate in sorted({*grid.learning_rates, *seeds_at})
         if rate not in seeds_at or not seeds <= seeds_at[rate]
     ]
 
@@ -194,25 +197,25 @@ def _notes(grid: Grid, cells: Sequence[Cell], pair: Pair, control: Pair | None) 
     return notes
 
 
-def at_the_edge(cells: Sequence[Cell], rows: Sequence[PolicyRow]) -> list[str]:
+def not_bracketed(cells: Sequence[Cell], summaries: Sequence[PolicySummary]) -> list[str]:
     """Policies whose best rate is the smallest or largest tried: a better one may lie outside."""
-    policies = []
-    for row in rows:
-        policy, rate = row.cell.policy, row.cell.learning_rate
+    lines = []
+    for summary in summaries:
+        policy, rate = summary.cell.policy, summary.cell.learning_rate
         tried = sorted(cell.learning_rate for cell in cells if cell.policy == policy)
         if len(tried) > 1 and rate in (tried[0], tried[-1]):
-            policies.append(policy)
-    return policies
+            lines.append(f"{policy} ({'smallest' if rate == tried[0] else 'largest'}, {rate:g})")
+    return lines
 
 
-def rows_of(grid: Grid, results: Sequence[Result]) -> list[PolicyRow]:
+def summaries_of(grid: Grid, results: Sequence[Result]) -> list[PolicySummary]:
     """The table: every policy with a finished run, the control first.
 
     Losses are means over all seeds of a policy. Comparisons with the control use shared seeds.
     """
     cells = cells_of(grid, results)
     control = pair_of(cells, grid.control, grid.control)
-    rows = []
+    summaries = []
     for policy in sorted(grid.policies, key=lambda name: name != grid.control):
         pair = pair_of(cells, policy, grid.control if control else policy)
         if pair is None:
@@ -222,8 +225,8 @@ def rows_of(grid: Grid, results: Sequence[Result]) -> list[PolicyRow]:
         goal = reference[-1][1] if reference else math.nan
         start = reaches(reference, goal)
         iteration = reaches(means, goal) if not cell.diverged else None
-        rows.append(
-            PolicyRow(
+        summaries.append(
+            PolicySummary(
                 cell=cell,
                 difference=pair.difference if policy != pair.theirs.policy else None,
                 tokens=None if iteration is None else iteration * grid.tokens_per_iteration,
@@ -231,10 +234,12 @@ def rows_of(grid: Grid, results: Sequence[Result]) -> list[PolicyRow]:
                 notes=tuple(_notes(grid, cells, pair, control)),
             )
         )
-    return rows
+    return summaries
 
 
-def effect_rows(grid: Grid, results: Sequence[Result]) -> list[tuple[Effect, Difference | None]]:
+def effect_differences(
+    grid: Grid, results: Sequence[Result]
+) -> list[tuple[Effect, Difference | None]]:
     """The effects of the embedding's rate, the mean and the order, each policy at its best rate."""
     cells = cells_of(grid, results)
     return [

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from megatron_llr.tools.compare.flags import beyond_policy
+from megatron_llr.tools.compare.command_flags import beyond_policy
 from megatron_llr.tools.compare.grid import Grid
 from megatron_llr.tools.compare.results import Result
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_llr.tools.compare.flags import settings, value_of
+from megatron_llr.tools.compare.command_flags import value_of, values_by_flag
 
 _MEAN_1 = "--llr-mean-preserving"
 Policies = Mapping[str, tuple[str, ...]]
@@ -83,14 +83,14 @@ def with_counterparts(
             wanted[f"{name}-embedding-only"] = (*words, "--llr-policy", "embedding-only")
         for other, counterpart in wanted.items():
             mine = policies.get(other, counterpart)
-            if settings([*shared, *mine]) != settings([*shared, *counterpart]):
+            if values_by_flag([*shared, *mine]) != values_by_flag([*shared, *counterpart]):
                 raise ValueError(
                     f"policy {other} with {shlex.join(mine)}, but that is the name of {name}'s "
                     f"counterpart with {shlex.join(counterpart)}"
                 )
-        present = [settings(other) for other in completed.values()]
+        present = [values_by_flag(other) for other in completed.values()]
         for other, counterpart in wanted.items():
-            if settings(counterpart) not in present:
+            if values_by_flag(counterpart) not in present:
                 completed.setdefault(other, counterpart)
     return completed
 

@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO
 
 from megatron_llr.errors import input_error
-from megatron_llr.tools.compare.flags import settings, value_of
+from megatron_llr.tools.compare.command_flags import value_of, values_by_flag
+from megatron_llr.tools.compare.gpus import gpus_of
 from megatron_llr.tools.compare.grid import Grid, Run
+from megatron_llr.tools.compare.planned_runs import planned_runs
 from megatron_llr.tools.compare.results import DONE, losses, read_done, write_done
 from megatron_llr.version import __version__
 
@@ -73,25 +75,6 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
     return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
 
 
-def _visible_gpus(grid: Grid, jobs: int) -> list[str] | None:
-    """GPUs that all jobs share: empty if they are hidden, None if there is no restriction.
-
-    Raises:
-        ValueError: if there are too few.
-    """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is None:
-        return None
-    visible = [] if given in ("", "-1") else given.split(",")
-    if visible and len(visible) < jobs * grid.gpus_per_run:
-        raise input_error(
-            f"CUDA_VISIBLE_DEVICES={given} has too few GPUs: --jobs {jobs} with gpus_per_run "
-            f"{grid.gpus_per_run} needs at least {jobs * grid.gpus_per_run}. Lower --jobs or the "
-            "grid's gpus_per_run (0 for jobs without a GPU)."
-        )
-    return visible
-
-
 def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
     chosen = dict(os.environ)
     if not grid.launch:
@@ -102,10 +85,8 @@ def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:
         chosen.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         chosen.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         chosen.setdefault("OMP_NUM_THREADS", "1")
-    if jobs > 1 and (visible := _visible_gpus(grid, jobs)) != []:
-        first = slot * grid.gpus_per_run
-        every = visible or [str(index) for index in range(jobs * grid.gpus_per_run)]
-        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(every[first : first + grid.gpus_per_run])
+    if jobs > 1:
+        chosen["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(slot, jobs, grid.gpus_per_run))
     return chosen
 
 
@@ -121,32 +102,29 @@ def _lock(log: IO[bytes]) -> bool:
     return True
 
 
-def _check_that_no_job_runs(run: Run) -> None:
-    path = run.folder / "log.txt"
-    if not path.exists():
-        return
-    with path.open("ab") as log:
-        if not _lock(log):
-            raise input_error(
-                f"A job still runs in {run.folder}: it holds a lock on {path}. Only one job may "
-                f"use a folder. Wait for the job or stop it (fuser -v {path} lists its processes)."
-            )
+def pending(
+    grid: Grid, *, rerun_changed: bool = False, started: Collection[Path] = ()
+) -> list[Run]:
+    """The runs that are known so far and not done.
 
-
-def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
-    """The runs that are not done.
+    Args:
+        grid: the grid.
+        rerun_changed: whether finished runs with different settings are repeated.
+        started: folders of runs that this call started, which are left out.
 
     Raises:
         ValueError: if a finished run had different settings, unless `rerun_changed` allows its
             result to be deleted; or if a job of another call still runs in a folder.
     """
     waiting = []
-    for run in grid.runs():
+    for run in planned_runs(grid):
+        if run.folder in started:
+            continue
         record = read_done(run)
         if record is None:
             waiting.append(run)
         elif record["digest"] != run.digest:
-            before, now = settings(record["settings"]), settings(run.settings)
+            before, now = values_by_flag(record["settings"]), values_by_flag(run.settings)
             changed = sorted(f for f in before.keys() | now.keys() if before.get(f) != now.get(f))
             if not rerun_changed:
                 difference = ", ".join(f"{f} {before.get(f)}, now {now.get(f)}" for f in changed)
@@ -157,8 +135,16 @@ def pending(grid: Grid, *, rerun_changed: bool = False) -> list[Run]:
                     "again with --rerun-changed."
                 )
             waiting.append(run)
-    for run in waiting:
-        _check_that_no_job_runs(run)
+    for path in (run.folder / "log.txt" for run in waiting):
+        if not path.exists():
+            continue
+        with path.open("ab") as log:
+            if not _lock(log):
+                raise input_error(
+                    f"A job still runs in {path.parent}: it holds a lock on {path}. Only one job "
+                    f"may use a folder. Wait for the job or stop it (fuser -v {path} lists its "
+                    "processes)."
+                )
     return waiting
 
 
@@ -214,9 +200,8 @@ def _ended_early(run: Run, reached: int) -> str:
     """Message for exit code 0 before the last update: --exit-interval, a time limit, a signal."""
     saved = (run.folder / "checkpoint").exists()
     next_call = "resumes its checkpoint" if saved else "restarts it (no --save-interval)"
-    updates = value_of(run.settings, "--train-iters")
     return (
-        f"NOT DONE, exited with code 0, last evaluated at update {reached} of {updates}: "
+        f"NOT DONE, exited with code 0, last evaluated at update {reached} of {run.iterations}: "
         f"see {run.folder}/log.txt; the next call {next_call}"
     )
 
@@ -230,7 +215,7 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
     _, curve = losses(job.run.folder)
     if not died_of_nan:
         reached = curve[-1][0] if curve else 0
-        if code == 0 and reached < int(value_of(job.run.settings, "--train-iters") or 0):
+        if code == 0 and reached < job.run.iterations:
             return _Outcome(_ended_early(job.run, reached), done=False)
         if code != 0:
             return _Outcome(f"FAILED with code {code}: see {job.run.folder}/log.txt", done=False)
@@ -246,36 +231,45 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
 
 
 def run_grid(
-    grid: Grid, waiting: Sequence[Run], *, jobs: int, say: Callable[[str], None]
+    grid: Grid,
+    waiting: Sequence[Run],
+    *,
+    jobs: int,
+    say: Callable[[str], None],
+    rerun_changed: bool = False,
 ) -> list[Run]:
-    """Run the waiting jobs.
+    """Run the waiting jobs, and those that follow from their results.
 
     Args:
         grid: the grid.
         waiting: as `pending` gives it.
         jobs: number of jobs at a time.
         say: prints a line of progress.
+        rerun_changed: as for `pending`.
 
     Returns:
         The runs that failed or ended before their last update with a finite loss. They are not
         recorded as done, and the next call runs them again.
 
     Raises:
-        ValueError: before any job starts, if CUDA_VISIBLE_DEVICES has too few GPUs for `jobs`.
+        ValueError: before any job starts, if there are too few GPUs for `jobs`.
     """
     if jobs > 1:
-        _visible_gpus(grid, jobs)
-    total, versions = len(grid.runs()), environment(grid)
-    started, done, left = time.monotonic(), 0, list(waiting)
+        gpus_of(0, jobs, grid.gpus_per_run)
+    total, versions = len(planned_runs(grid)), environment(grid)
+    begun, left = time.monotonic(), list(waiting)
+    known, done = len(left), 0
+    started: set[Path] = set()
     failed: list[Run] = []
     active: list[_Job] = []
-    if len(left) < total:
-        say(f"{total - len(left)} of {total} runs are already done")
+    if known < total:
+        say(f"{total - known} of {total} runs are already done")
     try:
         while left or active:
             while left and len(active) < jobs:
                 slot = min(set(range(jobs)) - {job.slot for job in active})
                 active.append(_start(grid, left.pop(0), slot, jobs))
+                started.add(active[-1].run.folder)
             time.sleep(_POLL_SECONDS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
@@ -283,9 +277,12 @@ def run_grid(
                 outcome = _finish(grid, job, versions)
                 if not outcome.done:
                     failed.append(job.run)
-                rest = (time.monotonic() - started) / done * (len(waiting) - done) / 60
+                if not left:
+                    left = pending(grid, rerun_changed=rerun_changed, started=started)
+                    known, total = known + len(left), total + len(left)
+                rest = (time.monotonic() - begun) / done * (known - done) / 60
                 say(
-                    f"[{total - len(waiting) + done}/{total}] {job.run}: {outcome.text}; "
+                    f"[{total - known + done}/{total}] {job.run}: {outcome.text}; "
                     f"about {rest:.0f} min left"
                 )
     finally:

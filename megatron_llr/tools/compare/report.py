@@ -1,4 +1,4 @@
-"""The report of a grid: a text table, CSV files and two figures."""
+"""The report of a grid: a text table, CSV files and figures."""
 
 import csv
 import math
@@ -9,16 +9,24 @@ from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.compare import figures
 from megatron_llr.tools.compare.aggregate import (
-    PolicyRow,
-    at_the_edge,
+    PolicySummary,
     cells_of,
-    effect_rows,
-    rows_of,
+    effect_differences,
+    not_bracketed,
+    summaries_of,
 )
 from megatron_llr.tools.compare.checks import flagged
+from megatron_llr.tools.compare.effective_rate import effective_rate
 from megatron_llr.tools.compare.grid import Grid
+from megatron_llr.tools.compare.planned_runs import planned_runs
 from megatron_llr.tools.compare.results import Result, read_result
 from megatron_llr.tools.compare.statistics import Difference, Mean
+
+_RUN_FIELDS = "policy learning_rate seed iterations tokens".split()
+_TABLE_FIELDS = (
+    "policy iterations tokens best_learning_rate final_mean final_error best_mean best_error "
+    "seeds difference difference_low difference_high paired tokens_to_control speedup notes"
+).split()
 
 
 def _mean(mean: Mean) -> str:
@@ -34,23 +42,24 @@ def _difference(of: Difference | None) -> str:
     return f"{of.value:+.4f}{interval}"
 
 
-def _table(grid: Grid, rows: Sequence[PolicyRow]) -> str:
+def _policy_table(grid: Grid, summaries: Sequence[PolicySummary]) -> str:
     header = [*"policy,best lr,final loss,best loss,to control [95 %]".split(",")]
     header += ["M tokens to its loss", "speedup", "notes"]
     lines = []
-    for row in rows:
-        reached = "not reached" if row.tokens is None else f"{row.tokens / 1e6:.4g}"
-        speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
+    for summary in summaries:
+        cell = summary.cell
+        reached = "not reached" if summary.tokens is None else f"{summary.tokens / 1e6:.4g}"
+        speedup = "-" if summary.speedup is None else f"{summary.speedup:.2f}x"
         lines.append(
             (
-                row.cell.policy + (" (control)" if row.cell.policy == grid.control else ""),
-                f"{row.cell.learning_rate:g}",
-                _mean(row.cell.final),
-                _mean(row.cell.best),
-                _difference(row.difference),
+                cell.policy + (" (control)" if cell.policy == grid.control else ""),
+                f"{cell.learning_rate:g}",
+                _mean(cell.final),
+                _mean(cell.best),
+                _difference(summary.difference),
                 reached,
                 speedup,
-                "; ".join(row.notes),
+                "; ".join(summary.notes),
             )
         )
     return text_table(header, lines)
@@ -66,71 +75,101 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
         writer.writerows(rows)
 
 
-def _run_row(result: Result) -> Sequence[object]:
-    run = result.run
-    losses = (result.final, result.best, result.diverged, result.first_loss, result.seconds)
-    return (run.policy, run.learning_rate, run.seed, *losses)
+def _write_runs(grid: Grid, results: Sequence[Result]) -> None:
+    """runs.csv and curves.csv."""
 
+    def first_columns(result: Result) -> tuple[object, ...]:
+        run = result.run
+        tokens = run.iterations * grid.tokens_per_iteration
+        return (run.policy, run.learning_rate, run.seed, run.iterations, tokens)
 
-def _table_row(row: PolicyRow) -> Sequence[object]:
-    cell, of = row.cell, row.difference
-    interval = (of.value, of.low, of.high, of.paired) if of else ("",) * 4
-    losses = (cell.final.value, cell.final.error, cell.best.value, cell.best.error)
-    head = (cell.policy, cell.learning_rate, *losses, cell.final.count)
-    return (*head, *interval, row.tokens, row.speedup, "; ".join(row.notes))
-
-
-def _write_data(grid: Grid, results: Sequence[Result], rows: Sequence[PolicyRow]) -> None:
     _write_csv(
         grid.out / "runs.csv",
-        "policy learning_rate seed final_loss best_loss diverged first_loss seconds".split(),
-        map(_run_row, results),
+        [
+            *_RUN_FIELDS,
+            *"final_loss best_loss diverged first_loss seconds effective_learning_rate".split(),
+        ],
+        (
+            (
+                *first_columns(result),
+                result.final,
+                result.best,
+                result.diverged,
+                result.first_loss,
+                result.seconds,
+                effective_rate(result.run.folder),
+            )
+            for result in results
+        ),
     )
     _write_csv(
         grid.out / "curves.csv",
-        "policy learning_rate seed iteration tokens validation_loss".split(),
+        [*_RUN_FIELDS[:4], "iteration", "tokens", "validation_loss"],
         (
-            (*_run_row(result)[:3], iteration, iteration * grid.tokens_per_iteration, loss)
+            (*first_columns(result)[:4], iteration, iteration * grid.tokens_per_iteration, loss)
             for result in results
             for iteration, loss in result.curve
         ),
     )
-    _write_csv(
-        grid.out / "table.csv",
-        "policy best_learning_rate final_mean final_error best_mean best_error seeds difference "
-        "difference_low difference_high paired tokens_to_control speedup notes".split(),
-        map(_table_row, rows),
-    )
 
 
-def report(grid: Grid) -> str:
+def _csv_line(grid: Grid, summary: PolicySummary) -> Sequence[object]:
+    cell, of = summary.cell, summary.difference
+    iterations = cell.results[0].run.iterations
+    interval = (of.value, of.low, of.high, of.paired) if of else ("",) * 4
+    losses = (cell.final.value, cell.final.error, cell.best.value, cell.best.error)
+    head = (cell.policy, iterations, iterations * grid.tokens_per_iteration, cell.learning_rate)
+    rest = (summary.tokens, summary.speedup, "; ".join(summary.notes))
+    return (*head, *losses, cell.final.count, *interval, *rest)
+
+
+def _section(grid: Grid, results: Sequence[Result], summaries: Sequence[PolicySummary]) -> str:
+    """The tables and warnings of one training length."""
+    parts = []
+    if summaries:
+        parts.append(_policy_table(grid, summaries))
+    if edge := not_bracketed(cells_of(grid, results), summaries):
+        added = f", after up to {grid.extend} added rates" if grid.extend else ""
+        parts.append(f"best rate not bracketed by those tried{added}: {', '.join(edge)}")
+    if effects := effect_differences(grid, results):
+        lines = [(e.meaning, f"{e.policy} - {e.against}", _difference(d)) for e, d in effects]
+        parts.append(text_table(("effect", "difference of final losses", "[95 %]"), lines))
+    if warnings := flagged(grid, results):
+        parts.append("\n".join(["FLAGGED:", *(f"- {line}" for line in warnings)]))
+    return "\n\n".join(parts)
+
+
+def write_report(grid: Grid) -> str:
     """Write table.txt, the CSV files and the figures into the grid's folder.
 
     Returns:
         The contents of table.txt.
     """
-    runs = grid.runs()
-    results = [result for run in runs if (result := read_result(run)) is not None]
-    rows = rows_of(grid, results)
-    cells = cells_of(grid, results)
-    parts = [f"{len(results)} of {len(runs)} runs done; loss: validation, mean ± standard error"]
-    if rows:
-        parts.append(_table(grid, rows))
-    if edge := at_the_edge(cells, rows):
-        parts.append(f"best at the smallest or largest rate tried: {', '.join(edge)}")
-    effects = effect_rows(grid, results)
-    if effects:
-        lines = [(e.meaning, f"{e.policy} - {e.against}", _difference(d)) for e, d in effects]
-        parts.append(text_table(("effect", "difference of final losses", "[95 %]"), lines))
-    warnings = flagged(grid, results)
-    if warnings:
-        parts.append("\n".join(["FLAGGED:", *(f"- {line}" for line in warnings)]))
+    runs = planned_runs(grid)
+    finished = [result for run in runs if (result := read_result(run)) is not None]
+    results = [result for result in finished if not result.run.role]
+    parts = [f"{len(finished)} of {len(runs)} runs done; loss: validation, mean ± standard error"]
     grid.out.mkdir(parents=True, exist_ok=True)
-    _write_data(grid, results, rows)
-    if rows:
-        figures.curves(grid, [row.cell for row in rows], grid.out / "curves.png")
-        figures.losses_over_rates(grid, cells, grid.out / "learning_rates.png")
-    text = "\n\n".join(parts)
+    table = []
+    for iterations in grid.iterations:
+        mine = [result for result in results if result.run.iterations == iterations]
+        summaries = summaries_of(grid, mine)
+        table += [_csv_line(grid, summary) for summary in summaries]
+        several = len(grid.iterations) > 1
+        if several:
+            tokens = iterations * grid.tokens_per_iteration
+            parts.append(f"{iterations} updates, {tokens / 1e6:.4g}M tokens:")
+        parts.append(_section(grid, mine, summaries))
+        if summaries:
+            suffix = f"-{iterations}" if several else ""
+            best = [summary.cell for summary in summaries]
+            figures.curves(grid, best, grid.out / f"curves{suffix}.png")
+            figures.losses_over_rates(
+                grid, cells_of(grid, mine), grid.out / f"learning_rates{suffix}.png"
+            )
+    _write_runs(grid, results)
+    _write_csv(grid.out / "table.csv", _TABLE_FIELDS, table)
+    text = "\n\n".join(part for part in parts if part)
     with replaced_file(grid.out / "table.txt") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
     return text

@@ -11,7 +11,7 @@ from megatron_llr.output import replaced_file
 from megatron_llr.tools.compare.grid import Run
 
 DONE = "done.json"
-_VERSION = 1
+_RECORD_VERSION = 1
 TRAINING = "lm loss"
 VALIDATION = "lm loss validation"
 
@@ -86,7 +86,7 @@ def read_done(run: Run) -> dict[str, Any] | None:
     """The record of a finished run, or None if it is missing or cannot be read."""
     try:
         record = json.loads((run.folder / DONE).read_text(encoding="utf-8"))
-        return dict(record) if record["version"] == _VERSION else None
+        return dict(record) if record["version"] == _RECORD_VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -94,7 +94,7 @@ def read_done(run: Run) -> dict[str, Any] | None:
 def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> None:
     """Record that a run is done. The record is complete or absent."""
     record = {
-        "version": _VERSION,
+        "version": _RECORD_VERSION,
         "digest": run.digest,
         "settings": list(run.settings),
         "died_of_nan": died_of_nan,

@@ -29,7 +29,7 @@ def names(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(w.partition("=")[0] for w in words if w.startswith("--")))
 
 
-def settings(words: Sequence[str]) -> dict[str, str]:
+def values_by_flag(words: Sequence[str]) -> dict[str, str]:
     """Flag -> all words of its last occurrence."""
     values: dict[str, str] = {}
     name = ""
@@ -44,7 +44,7 @@ def settings(words: Sequence[str]) -> dict[str, str]:
 
 def beyond_policy(words: Sequence[str], control: Sequence[str]) -> list[str]:
     """Flags in which two runs differ that are not settings of a policy."""
-    ours, theirs = settings(words), settings(control)
+    ours, theirs = values_by_flag(words), values_by_flag(control)
     return sorted(
         name
         for name in ours.keys() | theirs.keys()

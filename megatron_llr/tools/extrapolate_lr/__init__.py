@@ -1,0 +1,1 @@
+"""The optimal learning rate as a function of the number of training tokens."""
