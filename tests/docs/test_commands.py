@@ -35,8 +35,10 @@ PROGRAMS = [
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").rglob("*.py"))),
 ]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
-# Flags of pip and git.
-OTHER_PROGRAMS = {"--no-build-isolation", "--short"}
+# Flags of pip, git, sbatch and nvidia-smi; torchrun takes a prefix of --nproc-per-node.
+OTHER_PROGRAMS = {
+    *("--no-build-isolation", "--short", "--depth", "--nodes", "--query-gpu", "--nproc"),
+}
 
 
 def run_parsers(commands: list[list[str]]) -> list[tuple[int, str]]:
@@ -149,7 +151,8 @@ def test_every_program_in_a_command_exists() -> None:
             path = arguments[1].replace(".", "/") if arguments[0] == "-m" else arguments[0]
             assert (ROOT / path).exists(), path
         else:
-            assert program == "torchrun" or (ROOT / program).is_file(), program
+            others = ("torchrun", "git", "sbatch")
+            assert program in others or (ROOT / program).is_file(), program
     for source in SOURCES:
         for text in strings_of(source):
             assert set(re.findall(r"megatron-llr\[(\w+)\]", text)) <= set(extras), source
@@ -162,7 +165,11 @@ def test_every_documented_command_line_parses() -> None:
     for program, *arguments in COMMANDS:
         if program == "torchrun":
             launch = get_args_parser().parse_args(arguments)
-            commands.append([launch.training_script, *launch.training_script_args])
+            script = launch.training_script
+            if launch.module:
+                # A module of the installed package has a script of the same name.
+                script = f"tools/{script.rsplit('.', 1)[-1]}.py"
+            commands.append([script, *launch.training_script_args])
         elif program == "python" and arguments[0] in PROGRAMS:
             commands.append(arguments)
     # The examples in the help texts.
