@@ -4,7 +4,7 @@
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
 # Text for users and the package: also checked against the project's own dictionary of words to avoid.
-PROSE := README.md CONTRIBUTING.md CHANGELOG.md Makefile docs examples megatron_llr tools
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md Makefile docs examples megatron_llr tools benchmarks
 # Reference figures of the official LLR code, if available.
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1

@@ -1,4 +1,4 @@
-"""Peak memory of a conversion, beside the size of the model.
+"""Peak memory of a conversion, next to the size of the model.
 
 Usage: python benchmarks/convert_memory.py [--gigabytes 4] [--folder DIR]
 

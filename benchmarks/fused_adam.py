@@ -1,4 +1,4 @@
-"""The optimizer's step with a learning rate for every matrix, fused, beside the usual steps.
+"""The optimizer's step with a learning rate for every matrix, fused, next to the usual steps.
 
 Usage: python benchmarks/fused_adam.py [--models 60M 350M] [--output FILE]
 

@@ -1,4 +1,4 @@
-"""What a measurement of all block matrices costs on one GPU, beside two other ways, in one run.
+"""What a measurement of all block matrices costs on one GPU, next to two other ways, in one run.
 
 Usage: python benchmarks/measurement.py [--models 60M 350M] [--output FILE]
 
@@ -264,21 +264,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     arguments = parser.parse_args()
 
-    told: dict[str, Any] = {**environment(arguments.device), "models": [], "sizes": []}
-    print(", ".join(f"{name} {told[name]}" for name in ("card", "torch", "cusolver", "solver")))
+    given: dict[str, Any] = {**environment(arguments.device), "models": [], "sizes": []}
+    print(", ".join(f"{name} {given[name]}" for name in ("card", "torch", "cusolver", "solver")))
     print(f"weights in {arguments.dtype}, {arguments.memory:g} GB for a batch\n")
     for name in arguments.models:
-        told["models"].append(measure_model(name, arguments))
+        given["models"].append(measure_model(name, arguments))
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    if told["models"]:
-        print_models(told["models"])
+    if given["models"]:
+        print_models(given["models"])
     for size in arguments.sizes:
-        told["sizes"].extend(measure_size(size, arguments))
-    if told["sizes"]:
-        print_sizes(told["sizes"], arguments.batches)
+        given["sizes"].extend(measure_size(size, arguments))
+    if given["sizes"]:
+        print_sizes(given["sizes"], arguments.batches)
     if arguments.output:
-        arguments.output.write_text(json.dumps(told, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(given, indent=1) + "\n")
 
 
 if __name__ == "__main__":

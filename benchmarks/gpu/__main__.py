@@ -5,7 +5,7 @@ Usage: python -m benchmarks.gpu [--budget 540] [--only CASE,...] [--out FOLDER] 
 
 import argparse
 import datetime
-import os
+import importlib
 import re
 import sys
 import tempfile
@@ -17,13 +17,20 @@ import torch
 from benchmarks.gpu.plan import cases
 from benchmarks.gpu.report import table_of
 from benchmarks.gpu.runner import ROOT, run_all
+from megatron_llr.output import replaced_file
 
 
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        pass
+    try:
+        importlib.import_module(package.replace("-", "_"))
+    except Exception:  # a partial installation fails in ways of its own
         return "none"
+    # apex built in place has no metadata.
+    return "importable, without a version"
 
 
 def _header(name: str, *, dry_run: bool) -> list[str]:
@@ -69,9 +76,8 @@ def main() -> int:
         lambda line: print(line, flush=True),
     )
     table = table_of(outcomes, _header(name, dry_run=given.dry_run))
-    beside = folder / f"{run}.md.part"
-    beside.write_text(table)
-    os.replace(beside, folder / f"{run}.md")
+    with replaced_file(folder / f"{run}.md") as partial:
+        partial.write_text(table)
     print(f"\n{table}", end="", flush=True)
     return 0 if all(outcome.status != "failed" for outcome in outcomes) else 1
 

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_llr.output import replaced_file
+
 
 def main() -> None:
     """Call the function that the case names; write what it returns."""
@@ -15,9 +17,8 @@ def main() -> None:
     module, function = case["function"].split(":")
     run = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
     result = run(case["device"], **case["arguments"])
-    beside = Path(f"{target}.part")
-    beside.write_text(json.dumps(result))
-    os.replace(beside, target)
+    with replaced_file(Path(target)) as partial:
+        partial.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ ENGINE = (
     "--no-bias-dropout-fusion --no-gradient-accumulation-fusion"
 ).split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed".split()
+# Recipe -> the compute capability that it needs: Hopper, Blackwell.
+OTHER_RECIPES = {"tensorwise": (9, 0), "blockwise": (9, 0), "mxfp8": (10, 0)}
 TE = "transformer_engine"
 EXPERTS = (
     "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 "
@@ -41,11 +43,12 @@ class Case:
     """One process of a run.
 
     Attributes:
-        name: as it stands in the table.
+        name: in the table.
         function: module:function below `benchmarks.gpu`; returns JSON values.
         seconds: at most.
         arguments: of the function.
         needs: a package without which the case is skipped, or None.
+        capability: least compute capability of the GPU; below it the case is skipped.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Case:
     seconds: int
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
+    capability: tuple[int, int] = (0, 0)
 
 
 def training_flags(size: str, iterations: int, *, toy: bool) -> list[str]:
@@ -81,6 +85,7 @@ def _training(
     *more: str,
     toy: bool,
     engine: bool = False,
+    capability: tuple[int, int] = (0, 0),
     **how: Any,
 ) -> Case:
     own = [] if toy else ENGINE if engine else LOCAL
@@ -92,6 +97,7 @@ def _training(
         seconds,
         {"flags": flags, **how},
         TE if engine else None,
+        capability,
     )
 
 
@@ -122,11 +128,17 @@ def cases(*, toy: bool) -> list[Case]:
         limit = {"seconds": 0.2 if toy else seconds}
         return Case(f"measure-{size}", "matrices:measure", 60, {**sides, **limit})
 
+    def recipe(name: str, capability: tuple[int, int]) -> list[Case]:
+        flags = ("--fp8-format", "hybrid", "--fp8-recipe", name)
+        return pair(f"te-fp8-{name}", "350M", *flags, engine=True, capability=capability)
+
+    experts = {"blocks": 2, "experts": 4} if toy else {}
     optimizer = {"blocks": 2, "hidden": 64, "ffn": 96, "heads": 4} if toy else {}
     return [
         *pair("bf16", "60M"),
         in_turn("60M", 40, 60),
         Case("optimizers", "stepping:compare", 60, optimizer),
+        Case("many-experts", "stepping:many_experts", 60, experts),
         *pair("te-bf16", "60M", engine=True),
         # Sides of FP8 products are multiples of 16: 350M's are.
         *pair("te-fp8", "350M", *FP8, engine=True),
@@ -139,6 +151,7 @@ def cases(*, toy: bool) -> list[Case]:
         run("overlap-uniform", "60M", 12, 60, *exact, *overlap, *uniform),
         in_turn("1B", 16, 75, measured=False),
         in_turn("3B", 12, 90, measured=False),
+        *(case for each, least in OTHER_RECIPES.items() for case in recipe(each, least)),
         Case("self-test", "self_test:check", 90, {"only": "dp" if toy else ""}),
         run("updates-uniform", "60M", 12, 60, *exact, *uniform, "--llr-log-relative-update"),
     ]

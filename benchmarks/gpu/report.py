@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.gpu.plan import SHAPES
+from benchmarks.gpu.plan import OTHER_RECIPES, SHAPES
 from benchmarks.gpu.runner import Outcome
 
 Row = tuple[str, str, str]
@@ -19,6 +19,9 @@ _PAIRS = (
     ("bf16, local layers", "bf16-plain", "bf16-uniform"),
     ("bf16, Transformer Engine", "te-bf16-plain", "te-bf16-uniform"),
     ("FP8, Transformer Engine", "te-fp8-plain", "te-fp8-uniform"),
+    ("experts, Transformer Engine", "te-moe-plain", "te-moe-uniform"),
+    ("latent attention, Transformer Engine", "te-mla-plain", "te-mla-uniform"),
+    *((f"FP8 {name}", f"te-fp8-{name}-plain", f"te-fp8-{name}-uniform") for name in OTHER_RECIPES),
     ("overlapped gather and reduce", "bf16-plain", "overlap-uniform"),
     ("bf16, with relative updates", "bf16-plain", "updates-uniform"),
 )
@@ -38,10 +41,10 @@ def _missing(*outcomes: Outcome | None) -> str:
     return ""
 
 
-def _loss_rows(found: Mapping[str, Outcome]) -> Iterator[Row]:
+def _loss_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
     for title, plain_name, ours_name in _PAIRS:
         question = f"same losses at multiplier 1: {title}"
-        plain, ours = found.get(plain_name), found.get(ours_name)
+        plain, ours = outcomes.get(plain_name), outcomes.get(ours_name)
         if plain is None or ours is None or _missing(plain, ours):
             yield question, "-", _missing(plain, ours)
             continue
@@ -64,9 +67,9 @@ def _medians(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def _step_rows(found: Mapping[str, Outcome]) -> Iterator[Row]:
+def _step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
     for size in SHAPES:
-        outcome = found.get(f"in-turn-{size}")
+        outcome = outcomes.get(f"in-turn-{size}")
         question = f"step of {size} with / without"
         if outcome is None or _missing(outcome):
             yield question, "-", _missing(outcome)
@@ -89,9 +92,9 @@ def _share(seconds: float, step: float) -> str:
     return f"{seconds / (_INTERVAL * step + seconds):.2%}"
 
 
-def _measurement_rows(found: Mapping[str, Outcome]) -> Iterator[Row]:
+def _measurement_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
     for size in SHAPES:
-        outcome, steps = found.get(f"measure-{size}"), found.get(f"in-turn-{size}")
+        outcome, steps = outcomes.get(f"measure-{size}"), outcomes.get(f"in-turn-{size}")
         question = f"measurement of {size}, all blocks"
         if outcome is None or _missing(outcome):
             yield question, "-", _missing(outcome)
@@ -119,18 +122,32 @@ def _measurement_rows(found: Mapping[str, Outcome]) -> Iterator[Row]:
 
 def _optimizer_rows(outcome: Outcome | None) -> Iterator[Row]:
     if outcome is None or _missing(outcome):
-        yield "pieces that optimizers take", "-", _missing(outcome)
+        yield "views that optimizers take", "-", _missing(outcome)
         return
     for name, answer in outcome.result.items():
         if "skipped" in answer:
-            yield f"pieces that {name} takes", "-", answer["skipped"]
+            yield f"views that {name} takes", "-", answer["skipped"]
             continue
-        note = "one rate per parameter alone"
+        note = "only one rate per parameter"
         if "seconds" in answer:
             each, whole = answer["seconds"]["projection"], answer["seconds"]["parameter"]
             note = f"projection / parameter: {1e3 * each:.2f} / {1e3 * whole:.2f} ms"
             note += f", ratio {each / whole:.3f}"
-        yield f"pieces that {name} takes", answer["takes"], note
+        yield f"views that {name} takes", answer["takes"], note
+
+
+def _expert_rows(outcome: Outcome | None) -> Iterator[Row]:
+    question = "optimizer's step of many experts with / without"
+    if outcome is None or _missing(outcome):
+        yield question, "-", _missing(outcome)
+        return
+    for name, answer in outcome.result["optimizers"].items():
+        if "skipped" in answer:
+            yield f"{question}, {name}", "-", answer["skipped"]
+            continue
+        ours, plain = answer["with"], answer["without"]
+        note = f"{outcome.result['matrices']} matrices, ratio {ours / plain:.3f}"
+        yield f"{question}, {name}", f"{1e3 * ours:.2f} / {1e3 * plain:.2f} ms", note
 
 
 def _sharded_rows(outcome: Outcome | None) -> Iterator[Row]:
@@ -155,11 +172,15 @@ def _self_test_row(outcome: Outcome | None) -> Row:
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
     """Every question with its figure, or with the reason why it has none."""
-    found = {outcome.name: outcome for outcome in outcomes}
-    rows = [*_loss_rows(found), *_step_rows(found), *_measurement_rows(found)]
-    rows += [*_optimizer_rows(found.get("optimizers")), *_sharded_rows(found.get("sharded"))]
-    rows.append(_self_test_row(found.get("self-test")))
-    gather = found.get("te-fp8-gather")
+    by_name = {outcome.name: outcome for outcome in outcomes}
+    rows = [*_loss_rows(by_name), *_step_rows(by_name), *_measurement_rows(by_name)]
+    rows += [
+        *_optimizer_rows(by_name.get("optimizers")),
+        *_expert_rows(by_name.get("many-experts")),
+    ]
+    rows += _sharded_rows(by_name.get("sharded"))
+    rows.append(_self_test_row(by_name.get("self-test")))
+    gather = by_name.get("te-fp8-gather")
     trained = "trains" if gather is not None and gather.status == "ok" else "-"
     rows.append(("FP8 parameter gather", trained, _missing(gather)))
     return [row for row in rows if row[2] != "not chosen"]

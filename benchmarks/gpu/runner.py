@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.plan import Case
 
@@ -66,14 +69,19 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _last_line(log: Path) -> str:
-    """What a failed process said last: its error rather than the frames above it."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [
-        line for line in lines if "Error" in line.split(":")[0] and not line.startswith("File")
-    ]
-    said = (named or lines or ["it said nothing"])[-1]
-    return said[:300]
+# The line that names an exception at the end of a traceback; torch puts the rank before it.
+_EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Exit)\b.*)")
+
+
+def error_in(text: str) -> str:
+    """The error in the output of a failed process: the last exception, not what was printed later.
+
+    Warnings of NCCL and of a launcher that notices the failure follow the traceback. Without a
+    traceback, the last line.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [match[1] for line in lines if (match := _EXCEPTION.fullmatch(line))]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
@@ -116,9 +124,9 @@ def run_case(case: Case, device: str, seconds: float, log: Path) -> Outcome:
                 raise
         took = time.perf_counter() - begun
         if code != 0 or not result.exists():
-            said = _last_line(log)
-            status = "refused" if _REFUSAL in said else "failed"
-            return Outcome(case.name, status, f"exit code {code}: {said}", took)
+            error = error_in(log.read_text(errors="replace"))
+            status = "refused" if _REFUSAL in error else "failed"
+            return Outcome(case.name, status, f"exit code {code}: {error}", took)
         return Outcome(case.name, "ok", "", took, json.loads(result.read_text()))
 
 
@@ -140,6 +148,9 @@ def run_all(
         left = budget - (time.perf_counter() - begun)
         if case.needs is not None and importlib.util.find_spec(case.needs) is None:
             outcome = Outcome(case.name, "skipped", f"{case.needs} is not installed")
+        elif device == "cuda" and torch.cuda.get_device_capability() < case.capability:
+            needed = ".".join(map(str, case.capability))
+            outcome = Outcome(case.name, "skipped", f"needs compute capability {needed}")
         elif left < _LEAST_SECONDS:
             outcome = Outcome(case.name, "not run", f"the budget of {budget:.0f} s was spent")
         else:

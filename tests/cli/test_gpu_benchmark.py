@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.gpu.plan import Case, cases
 from benchmarks.gpu.report import rows_of, table_of
-from benchmarks.gpu.runner import Outcome, run_all
+from benchmarks.gpu.runner import Outcome, error_in, run_all
+from benchmarks.gpu.stepping import many_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = {"hidden": 64, "ffn": 96, "blocks": 1, "seconds": 0.1}
@@ -99,3 +100,43 @@ def test_every_case_is_there_in_both_sizes_and_on_one_gpu_fits_in_its_time() -> 
     assert names == [case.name for case in toy]
     assert len(set(names)) == len(names)
     assert max(case.seconds for case in real) <= 90
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (
+            "Traceback (most recent call last):\n  File 'x.py'\nRuntimeError: dim 1512 is odd\n"
+            "[rank0]:[W1127 ProcessGroupNCCL.cpp:1524] Warning: destroy_process_group not called",
+            "RuntimeError: dim 1512 is odd",
+        ),
+        (
+            "[rank0]: Traceback (most recent):\n[rank0]: torch.OutOfMemoryError: CUDA out\n"
+            "some Error: in the middle of a sentence, not an exception\nE1127 torchrun failed",
+            "torch.OutOfMemoryError: CUDA out",
+        ),
+        ("ValueError: megatron_llr: --llr-interval is 0", None),
+        ("killed", "killed"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_error(log: str, error: str | None) -> None:
+    assert error_in(log) == (error or log)
+
+
+def test_every_case_has_a_row() -> None:
+    """Also if it has no figure: then it has the reason."""
+    for case in cases(toy=False):
+        plain = "bf16-plain" if case.name in ("overlap-uniform", "updates-uniform") else ""
+        partner = plain or case.name.replace("-uniform", "-plain")
+        others = [trained(partner, [1.0])] if partner != case.name else []
+        rows = rows_of([*others, Outcome(case.name, "failed", "reason of its own")])
+        if not case.name.endswith("-plain"):
+            assert any("reason of its own" in note for _, _, note in rows), case.name
+
+
+def test_many_experts_are_stepped_with_and_without() -> None:
+    result = many_experts("cpu", blocks=1, experts=3, steps=1)
+    assert result["matrices"] == 9
+    assert min(result["optimizers"]["torch AdamW"].values()) > 0
+    assert result["optimizers"]["apex FusedAdam"] == {"skipped": "its kernel needs a GPU"}
