@@ -50,7 +50,7 @@ def share_of_rank(
     channels = hidden // heads
     shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
     shapes |= {"fc1": (2 * ffn, hidden), "down": (hidden, ffn)}
-    # Gradients are only read: one per shape is for all blocks.
+    # Gradients are only read: one per shape serves all blocks.
     gradients = {name: torch.full(shape, 1e-3, device=device) for name, shape in shapes.items()}
     layouts = {
         "qkv": interleaved([(role, channels) for role in "qkv"], heads, 0, 3 * hidden),

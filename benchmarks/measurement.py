@@ -264,21 +264,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     arguments = parser.parse_args()
 
-    given: dict[str, Any] = {**environment(arguments.device), "models": [], "sizes": []}
-    print(", ".join(f"{name} {given[name]}" for name in ("card", "torch", "cusolver", "solver")))
+    figures: dict[str, Any] = {**environment(arguments.device), "models": [], "sizes": []}
+    print(", ".join(f"{name} {figures[name]}" for name in ("card", "torch", "cusolver", "solver")))
     print(f"weights in {arguments.dtype}, {arguments.memory:g} GB for a batch\n")
     for name in arguments.models:
-        given["models"].append(measure_model(name, arguments))
+        figures["models"].append(measure_model(name, arguments))
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    if given["models"]:
-        print_models(given["models"])
+    if figures["models"]:
+        print_models(figures["models"])
     for size in arguments.sizes:
-        given["sizes"].extend(measure_size(size, arguments))
-    if given["sizes"]:
-        print_sizes(given["sizes"], arguments.batches)
+        figures["sizes"].extend(measure_size(size, arguments))
+    if figures["sizes"]:
+        print_sizes(figures["sizes"], arguments.batches)
     if arguments.output:
-        arguments.output.write_text(json.dumps(given, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
