@@ -51,8 +51,11 @@ class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             self._loading = False
         self._saved = state_dict.get(state.KEY)
 
-    def restore_controller(self) -> None:
+    def restore_controller(self) -> bool:
         """Give the controller its state, if the checkpoint has one.
+
+        Returns:
+            Whether there was a state.
 
         Not part of `load_state_dict`: Megatron's loader runs collectives after it, in which the
         other ranks would wait for a rank that cannot use its state.
@@ -60,5 +63,7 @@ class LayerwiseParamScheduler(OptimizerParamScheduler):  # type: ignore[misc]
         Raises:
             ValueError: if this run cannot continue from it (`--llr-reset-state` ignores it).
         """
-        if not self._controller.config.reset_state:
-            self._controller.load_state_dict(state.decode(self._saved) or {})
+        document = None if self._controller.config.reset_state else state.decode(self._saved)
+        if document is not None:
+            self._controller.load_state_dict(document)
+        return document is not None

@@ -17,11 +17,11 @@ from megatron.training.global_vars import (
     get_wandb_writer,
 )
 
-from megatron_llr.config import LLRConfig, ScriptConfig, shared_settings
+from megatron_llr.config import LLRConfig, ScriptConfig, flag, shared_settings
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.megatron import library
-from megatron_llr.megatron.assembly import name_weights
+from megatron_llr.megatron.assembly import name_weights, say
 from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
 from megatron_llr.megatron.same_start import draw_weights
 from megatron_llr.ranks import gather_objects, require_equal, together
@@ -92,8 +92,16 @@ class _Seams:
         built = self._setup(*args, **kwargs)
         assert self.controller is not None
         _, _, scheduler = built
-        together(scheduler.restore_controller)
-        self.controller.prepare(get_args().iteration)
+        restored = together(scheduler.restore_controller)
+        done, decoupled_lr = get_args().iteration, get_args().decoupled_lr
+        if done > 0 and not restored:
+            say(f"multipliers start from 1 at update {done + 1}: {self._without_state()}")
+        if decoupled_lr is not None and self.config.policy != "uniform":
+            say(
+                f"--decoupled-lr {decoupled_lr} is the base learning rate of embedding and head, "
+                f"which {flag('embedding')} {self.config.embedding} multiplies"
+            )
+        self.controller.prepare(done)
         if self.script.explain is not None:
             explanations = gather_objects(self.controller.explanation(self.script.explain))
             # A rank that steps the matrix knows the base learning rate.
@@ -104,6 +112,14 @@ class _Seams:
             dist.barrier()
             raise SystemExit(0)
         return built
+
+    def _without_state(self) -> str:
+        """Why this run goes on from a checkpoint without the extension's state."""
+        if self.config.reset_state:
+            return f"{flag('reset_state')} ignores the extension's state"
+        if get_args().no_load_optim:
+            return "--no-load-optim loads neither Megatron's scheduler nor the extension's state"
+        return "the checkpoint has no state of the extension"
 
     def _observer(self, log_interval: int) -> Observer:
         if self.script.dry_run:

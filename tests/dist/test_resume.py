@@ -173,11 +173,14 @@ def test_a_longer_run_does_not_move_the_window(shared_dir: Path) -> None:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("flag", ["--finetune", "--no-load-optim"])
 def test_without_the_schedulers_state_the_extension_starts_afresh(
-    flag: str, shared_dir: Path
+    flag: str, shared_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(f"--save {shared_dir} {SAVE} --exit-interval 5")
+    capfd.readouterr()
     extra = "--no-load-rng --llr-active-fraction 0.5 --exit-interval 7"
     run = train(f"--load {shared_dir} {flag}", extra)
+    line = "[llr] multipliers start from 1 at update 6: --no-load-optim loads neither Megatron's"
+    assert (line in capfd.readouterr().out) is (flag == "--no-load-optim")
     start = run.controller.state_dict()["schedule"]["start"]
     # --finetune counts iterations from 0 again, --no-load-optim goes on counting.
     assert start == (1 if flag == "--finetune" else 6)
