@@ -220,7 +220,10 @@ class Shards:
         """Write the last shard and the index; returns the names of the files."""
         if self._open:
             self._flush()
-        names = list(self._names())
+        count = len(self._files)
+        names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+        if count == 1:
+            names = [SINGLE]
         for number, name in enumerate(names):
             self._path(number).rename(self.folder / name)
         if len(names) > 1:
@@ -232,11 +235,3 @@ class Shards:
             }
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         return names
-
-    def _names(self) -> Iterator[str]:
-        count = len(self._files)
-        if count == 1:
-            yield SINGLE
-        else:
-            for number in range(1, count + 1):
-                yield f"model-{number:05}-of-{count:05}.safetensors"

@@ -1,6 +1,6 @@
 """One Megatron tensor and the Hugging Face tensors that it is fused from: splitting and fusing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -99,10 +99,6 @@ def _parts(row: TensorRow, prefix: str, model: Architecture) -> tuple[FusedPart,
     )
 
 
-def _shape(parts: Sequence[FusedPart], rows: int | None) -> tuple[int, ...]:
-    return (rows or sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-
-
 def links_of(family: Family, model: Architecture, padded_vocab: int) -> list[Link]:
     """All tensors of a model, in the order of its forward pass.
 
@@ -119,7 +115,8 @@ def links_of(family: Family, model: Architecture, padded_vocab: int) -> list[Lin
             parts = _parts(row, prefix, model)
             padded = padded_vocab if {"embedding", "head"} & set(row.parts) else None
             key = row.megatron if layer is None else LAYER_PREFIX + row.megatron
-            links.append(Link(key, layer, _shape(parts, padded), parts))
+            rows = padded or sum(part.shape[0] for part in parts)
+            links.append(Link(key, layer, (rows, *parts[0].shape[1:]), parts))
 
     embedding, *rest = MODEL_ROWS
     add(embedding, None)

@@ -33,7 +33,10 @@ class Report:
         """The table: one line for each kind of tensor, with its shape and count, then the notes."""
         kinds: Counter[tuple[str, str, str]] = Counter()
         for link in self.links:
-            hugging_face = _braced([_short(part.name) for part in link.parts])
+            hugging_face = _braced(
+                # Without the prefix that all layers share.
+                [_NUMBER.split(part.name, maxsplit=1)[-1] for part in link.parts]
+            )
             names = (hugging_face, link.key) if to_megatron else (link.key, hugging_face)
             kinds[*names, " x ".join(map(str, link.shape))] += 1
         sides = ("Hugging Face", "Megatron") if to_megatron else ("Megatron", "Hugging Face")
@@ -55,8 +58,3 @@ def _braced(names: Sequence[str]) -> str:
     head = commonprefix(names)  # noqa: RUF071
     tail = commonprefix([name[::-1] for name in names])[::-1]  # noqa: RUF071
     return head + "{" + ",".join(name[len(head) : -len(tail)] for name in names) + "}" + tail
-
-
-def _short(name: str) -> str:
-    """A tensor's name without the prefix that all layers share."""
-    return _NUMBER.split(name, maxsplit=1)[-1]

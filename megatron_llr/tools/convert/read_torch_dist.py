@@ -72,9 +72,9 @@ def iteration_folder(root: Path, iteration: str | None = None) -> Path:
     saved = folder / BACKEND
     backend = read_json(saved).get("sharded_backend") if saved.is_file() else None
     if backend != "torch_dist":
-        format_found = f"{BACKEND} has the format {backend}" if backend else f"no {BACKEND}"
+        reason = f"{BACKEND} has the format {backend}" if backend else f"no {BACKEND}"
         raise input_error(
-            f"There is no complete torch_dist checkpoint in {folder}: {format_found}. It must be "
+            f"There is no complete torch_dist checkpoint in {folder}: {reason}. It must be "
             "saved with --ckpt-format torch_dist. Give the folder that was given to --save; "
             "--iteration selects a checkpoint other than the last."
         )
@@ -205,8 +205,10 @@ class TorchDistReader:
         try:
             items = create_read_items_for_chunk_list(place, saved, [chunk])
             for item in items:
-                # Before memory is allocated for it.
-                _check_length(self._index.storage_data[item.storage_index], item.lengths, dtype)
+                # Checked before memory is allocated for it.
+                held = self._index.storage_data[item.storage_index]
+                if held.length < prod(item.lengths) * dtype.itemsize:
+                    raise ValueError(f"its part in {held.relative_path} is shorter than its shape")
             if sum(prod(item.lengths) for item in items) != prod(size):
                 raise ValueError("its parts do not add up to the tensor")
             target = torch.zeros(size, dtype=dtype)
@@ -223,11 +225,6 @@ class TorchDistReader:
 
 def _block(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
-
-
-def _check_length(part: _StorageInfo, lengths: torch.Size, dtype: torch.dtype) -> None:
-    if part.length < prod(lengths) * dtype.itemsize:
-        raise ValueError(f"its part in {part.relative_path} is shorter than its shape")
 
 
 def _check_index(index: Metadata) -> None:
