@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_llr.errors import user_error
+from megatron_llr.matrices.ids import ROLES
 from megatron_llr.matrices.info import MIN_EIGENVALUES
 from megatron_llr.policy_table import POLICIES, names_a_function
 
@@ -108,6 +109,10 @@ class LLRConfig:
     does not name, embedding and head among them, keep 1. Or llr: the constants that LLR converged
     to."""
 
+    role_factors: str | None = field(default=None, metadata=_MEANING)
+    """Factors on the multipliers of single roles, after the policy: down=0.7 or q=0.7,k=0.7. A
+    router gets its factor too. --llr-mean-preserving does not divide by them."""
+
     depth_floor: float = field(default=0.1, metadata=_MEANING)
     """Smallest multiplier of the depth policies, that of the last block (--llr-inverse: the
     first)."""
@@ -200,6 +205,14 @@ class LLRConfig:
         if (self.role_table is not None) != (self.policy == "fixed"):
             allowed = f"a file or {LLR_TABLE}, with {flag('policy')} fixed alone"
             raise _bad("role_table", self.role_table, allowed)
+        if self.factors_by_role() and self.policy == "alphadecay":
+            allowed = f"no factors with {flag('policy')} alphadecay, which sets the weight decay"
+            raise _bad("role_factors", self.role_factors, allowed)
+        if self.policy == "shape" and (self.estimator, self.spectrum) != ("hill_median", "exact"):
+            # The other exponents of random matrices scatter by half of their mean (measured), and
+            # FARMS spectra do not depend on the shape.
+            allowed = f"with {flag('estimator')} hill_median and {flag('spectrum')} exact only"
+            raise _bad("policy", self.policy, allowed)
         if not 0 <= self.quantile < 0.5:
             raise _bad("quantile", self.quantile, "0 up to, not including, 0.5")
         if not 0 < self.depth_floor <= 1:
@@ -250,6 +263,25 @@ class LLRConfig:
             allowed = ", ".join(get_args(EmbeddingPolicy)) + ", or a finite number above 0"
             raise _bad("embedding", self.embedding, allowed)
         return value
+
+    def factors_by_role(self) -> dict[str, float]:
+        """Role -> factor on its multipliers, from `role_factors`.
+
+        Raises:
+            ValueError: if it is no list of known roles with finite numbers above 0.
+        """
+        factors: dict[str, float] = {}
+        for pair in (self.role_factors or "").split(",") if self.role_factors is not None else ():
+            role, _, text = pair.strip().partition("=")
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if role not in ROLES or role in factors or not (math.isfinite(value) and value > 0):
+                allowed = f"role=factor,... with factors above 0 and roles of {', '.join(ROLES)}"
+                raise _bad("role_factors", self.role_factors, allowed)
+            factors[role] = value
+        return factors
 
     def meaning(self) -> dict[str, Any]:
         """The settings that give saved state its meaning, as plain JSON values."""

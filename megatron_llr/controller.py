@@ -14,6 +14,7 @@ from megatron_llr.matrices.ids import role_of
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import Measurement, SpectrumEngine
+from megatron_llr.measurement.shape_exponents import shape_exponents
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
@@ -65,6 +66,7 @@ class LayerwiseController:
         self._inseparable = inseparable
         self._synchronize = synchronize
         self._meaning = meaning_of(config)
+        self._of_shape = config.policy in POLICIES and POLICIES[config.policy].of_shape
         self._on_rate = acts_on(config.policy) == LEARNING_RATE
         self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
@@ -133,7 +135,9 @@ class LayerwiseController:
         self._synchronize()
         measurement = self._engine.measure()
         alphas = self._exponents(measurement)
-        targets = self._targets(alphas)
+        targets = self._targets(
+            shape_exponents(alphas, self.matrix_index) if self._of_shape else alphas
+        )
         shared = self._shared(targets)
         self._schedule.observe(self.next_update, shared)
         self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}

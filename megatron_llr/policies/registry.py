@@ -73,12 +73,26 @@ def held_at_one(matrices: Iterable[str], config: LLRConfig) -> frozenset[str]:
 def targets_for(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:
     """Targets that `config.policy` gives; a matrix left out keeps its multiplier.
 
+    Factors of `config.role_factors` are applied after the policy.
+
     Raises:
-        ValueError: if a user's own policy fails, or gives what is no multiplier.
+        ValueError: if a user's own policy fails, or gives what is no multiplier; or if there are
+            factors for roles that no matrix has.
     """
     held = held_at_one(alphas, config)
     told = {matrix: alpha for matrix, alpha in alphas.items() if matrix not in held}
-    return {**_ask(told, config), **dict.fromkeys(held, 1.0)}
+    targets = {**_ask(told, config), **dict.fromkeys(held, 1.0)}
+    factors = config.factors_by_role()
+    roles = {matrix: role_of(matrix) for matrix in alphas}
+    absent = sorted(factors.keys() - set(roles.values()))
+    if absent:
+        raise user_error(
+            f"{flag('role_factors')} names roles that the model does not have",
+            got=", ".join(absent),
+            allowed=", ".join(dict.fromkeys(roles.values())),
+            remedy=f"set {flag('role_factors')}",
+        )
+    return {m: target * factors.get(roles[m], 1.0) for m, target in targets.items()}
 
 
 def _ask(alphas: Mapping[str, float], config: LLRConfig) -> dict[str, float]:

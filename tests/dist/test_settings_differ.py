@@ -36,6 +36,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mean_preserving": {"mean_preserving": True},
     "granularity": {"granularity": "role"},
     "role_table": {"policy": "fixed", "role_table": "llr"},
+    "role_factors": {"role_factors": "q=0.7"},
     "depth_floor": {"depth_floor": 0.2},
     "random_seed": {"random_seed": 1},
     "weight_decay": {"weight_decay": "decoupled"},

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.convert import cli as conversion
+from megatron_llr.tools.extrapolate_lr import cli as extrapolation
 from megatron_llr.tools.preprocess import cli as preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,9 +51,8 @@ def test_python_with_output_prints_that_output() -> None:
 
 
 def tool_flags() -> set[str]:
-    return set(preprocessing.build_parser()._option_string_actions) | set(
-        conversion.parser()._option_string_actions
-    )
+    parsers = (preprocessing.build_parser(), conversion.parser(), extrapolation.parser())
+    return {option for parser in parsers for option in parser._option_string_actions}
 
 
 COMPARE = {"--jobs", "--dry-run", "--report-only", "--rerun-changed", "--out"}
