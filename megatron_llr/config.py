@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_llr.errors import input_error
+from megatron_llr.matrices.ids import ROLES
 from megatron_llr.matrices.info import MIN_EIGENVALUES
 from megatron_llr.policy_table import POLICIES, names_a_function
 
@@ -26,7 +27,6 @@ RouterPolicy = Literal["one", "policy"]
 SpectrumMode = Literal["exact", "sharded", "farms"]
 SpectrumSource = Literal["model", "master"]
 LogMatrices = Literal["all", "roles"]
-DeviceName = Literal["auto", "cuda", "cpu"]
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
@@ -45,7 +45,7 @@ _MEANING: dict[str, Kind] = {"kind": "meaning"}
 _CHANGEABLE: dict[str, Kind] = {"kind": "changeable"}
 _WINDOW: dict[str, Kind] = {"kind": "window"}
 _UNSAVED: dict[str, Kind] = {"kind": "unsaved"}
-_START: dict[str, Kind] = {"kind": "start"}
+START: dict[str, Kind] = {"kind": "start"}
 _LOCAL: dict[str, Kind] = {"kind": "local"}
 
 
@@ -133,6 +133,10 @@ class LLRConfig:
     does not name, including embedding and head, keep 1. Or llr: the constants that LLR converged
     to."""
 
+    role_factors: str | None = field(default=None, metadata=_MEANING)
+    """Factors on the multipliers of single roles, after the policy: down=0.7 or q=0.7,k=0.7. A
+    router gets its factor too. --llr-mean-preserving does not divide by them."""
+
     depth_floor: float = field(default=0.1, metadata=_MEANING)
     """Smallest multiplier of the depth policies, that of the last block (--llr-inverse: the
     first)."""
@@ -208,7 +212,7 @@ class LLRConfig:
     """Train weights that this package cannot name at multiplier 1 and list them, instead of
     refusing the model."""
 
-    reset_state: bool = field(default=False, metadata=_START)
+    reset_state: bool = field(default=False, metadata=START)
     """Ignore the extension's state in the checkpoint and start the multipliers again from 1."""
 
     def __post_init__(self) -> None:
@@ -216,7 +220,7 @@ class LLRConfig:
         if self.policy not in POLICIES and not names_a_function(self.policy):
             allowed = f"one of {', '.join(POLICIES)}, or package.module:function"
             raise _invalid("policy", self.policy, allowed)
-        _check_choices(self)
+        check_choices(self)
         for name, (is_valid, allowed) in _BOUNDS.items():
             if not is_valid(getattr(self, name)):
                 raise _invalid(name, getattr(self, name), allowed)
@@ -237,6 +241,14 @@ class LLRConfig:
                 f"{flag('role_table')} {self.role_table} has no effect with {flag('policy')} "
                 f"{self.policy}. Use {flag('policy')} fixed, or leave {flag('role_table')} out."
             )
+        if self.factors_by_role() and self.policy == "alphadecay":
+            allowed = f"no factors with {flag('policy')} alphadecay, which sets the weight decay"
+            raise _invalid("role_factors", self.role_factors, allowed)
+        if self.policy == "shape" and (self.estimator, self.spectrum) != ("hill_median", "exact"):
+            # The other exponents of random matrices scatter by half of their mean (measured), and
+            # FARMS spectra do not depend on the shape.
+            allowed = f"with {flag('estimator')} hill_median and {flag('spectrum')} exact only"
+            raise _invalid("policy", self.policy, allowed)
         if self.policy == "embedding-only" and self.embedding == "measured":
             allowed = f"max, one, or a number with {flag('policy')} embedding-only"
             raise _invalid("embedding", self.embedding, allowed)
@@ -273,6 +285,25 @@ class LLRConfig:
             raise _invalid("embedding", self.embedding, allowed)
         return value
 
+    def factors_by_role(self) -> dict[str, float]:
+        """Role -> factor on its multipliers, from `role_factors`.
+
+        Raises:
+            ValueError: if it is no list of known roles with finite numbers above 0.
+        """
+        factors: dict[str, float] = {}
+        for pair in (self.role_factors or "").split(",") if self.role_factors is not None else ():
+            role, _, text = pair.strip().partition("=")
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if role not in ROLES or role in factors or not (math.isfinite(value) and value > 0):
+                allowed = f"role=factor,... with factors above 0 and roles of {', '.join(ROLES)}"
+                raise _invalid("role_factors", self.role_factors, allowed)
+            factors[role] = value
+        return factors
+
     def meaning(self) -> dict[str, Any]:
         """The settings that give saved state its meaning, as plain JSON values."""
         return {name: getattr(self, name) for name in settings_of(LLRConfig, "meaning")}
@@ -283,46 +314,19 @@ class LLRConfig:
         return {name: getattr(self, name) for name in saved}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScriptConfig:
-    """The pretraining script: where it runs and how it starts."""
-
-    dry_run: bool = field(default=False, metadata=_START)
-    """Print every matrix with its shape, owner and starting multiplier, then stop."""
-
-    explain: str | None = field(default=None, metadata=_START)
-    """Id of a matrix, for instance block.3.attention.q. Before the first update, print why it has
-    its learning rate: shards, exponent, policy, target, ramp, base learning rate, weight decay.
-    With --llr-dry-run and --load, for the run that saved the checkpoint."""
-
-    same_start: bool = field(default=False, metadata=_START)
-    """Initial weights that depend only on --seed: every matrix is drawn whole, so that a run on
-    another layout begins at the same weights. Without it they are Megatron's own."""
-
-    fixed_validation: bool = field(default=False, metadata=_START)
-    """Every evaluation on the same validation samples for every --seed: --eval-iters batches in a
-    fixed order. Without it Megatron takes other samples each time."""
-
-    device: DeviceName = field(default="auto", metadata=_START)
-    """Where the job runs: auto (cuda if there is a GPU), cuda or cpu."""
-
-    def __post_init__(self) -> None:
-        """Check every value; a wrong one is a ValueError that names its flag."""
-        _check_choices(self)
-
-
-def settings_of(config_type: type[LLRConfig | ScriptConfig], *kinds: Kind) -> tuple[str, ...]:
+def settings_of(config_type: type[Any], *kinds: Kind) -> tuple[str, ...]:
     """Names of the settings of the given kinds, in the order of the fields."""
     return tuple(each.name for each in fields(config_type) if each.metadata["kind"] in kinds)
 
 
-def shared_settings(config: LLRConfig | ScriptConfig) -> dict[str, Any]:
+def shared_settings(config: Any) -> dict[str, Any]:
     """Flag -> value of all settings that must be the same on every rank."""
     local = settings_of(type(config), "local")
     return {flag(name): value for name, value in asdict(config).items() if name not in local}
 
 
-def _check_choices(config: LLRConfig | ScriptConfig) -> None:
+def check_choices(config: Any) -> None:
+    """Refuse a value that the `Literal` of its field does not have."""
     for each in fields(config):
         value = getattr(config, each.name)
         if get_origin(each.type) is Literal and value not in get_args(each.type):

@@ -14,6 +14,7 @@ from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.measurement.measure import SpectrumEngine
+from megatron_llr.measurement.shape_exponents import shape_exponents
 from megatron_llr.param_groups.hyperball_norms import plain_matrices, shared_norms, start_lines
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
@@ -66,6 +67,7 @@ class LayerwiseController:
         self._inseparable = inseparable
         self._synchronize = synchronize
         self._meaning = meaning_of(config)
+        self._of_shape = config.policy in POLICIES and POLICIES[config.policy].of_shape
         self._on_rate = acts_on(config.policy) == LEARNING_RATE
         self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
@@ -145,7 +147,8 @@ class LayerwiseController:
                 record = measurement.table.get(matrix)
                 alpha = record.alpha(self.config.estimator) if record else None
                 alphas[matrix] = math.nan if alpha is None else alpha
-        targets = self._policy_targets(alphas)
+        asked = shape_exponents(alphas, self.matrix_index) if self._of_shape else alphas
+        targets = self._policy_targets(asked)
         shared = self._shared(targets)
         self._schedule.observe(self.next_update, shared)
         self._alphas = {m: alpha for m, alpha in alphas.items() if m in measurement.table}
@@ -189,10 +192,7 @@ class LayerwiseController:
         return role_table(counts, alphas, factors, self.config.estimator)
 
     def describe(self) -> str:
-        """A table of every matrix: id, role, shape, shards, owner, multiplier.
-
-        With `log_matrices="roles"`, of every block and role.
-        """
+        """A table of every matrix, or block and role: shape, shards, owner, multiplier."""
         table = block_table if self.config.log_matrices == "roles" else matrix_table
         steps = {m: self._plain.get(m, "hyperball") for m in self.matrix_index if self._radii}
         return table(self.matrix_index, self._engine.owners, self.multipliers, steps)
@@ -281,8 +281,8 @@ class LayerwiseController:
         stepped = {m: norm for m, norm in self._radii.items() if m not in self._plain}
         self._layer_groups.start_hyperball(stepped, self.config.hyperball_lr)
         self._inseparable = [m for m in self._inseparable if m not in stepped]
-        late = None if saved or self.next_update == 1 else self.next_update
-        for line in start_lines(len(stepped), self._plain, self.config.hyperball_lr, late):
+        unsaved = None if saved else self.next_update
+        for line in start_lines(len(stepped), self._plain, self.config.hyperball_lr, unsaved):
             self._observer.say(line)
 
     def _ask_who_reads(self) -> None:
@@ -343,7 +343,6 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        ratios = MatrixSums(sums.table.cpu()).ratios(numel)
-        spheres = self._layer_groups.radii
+        ratios, spheres = MatrixSums(sums.table.cpu()).ratios(numel), self._layer_groups.radii
         rates = matrix_rates(self.matrix_index, ratios, used, spheres, on_rate=self._on_rate)
         self._observer.stepped(done, rates)

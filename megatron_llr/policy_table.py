@@ -16,12 +16,15 @@ class PolicyRow:
         summary: a few words for `--help`.
         acts_on: what the multipliers multiply: `learning_rate` or `weight_decay`.
         mapped: whether `--llr-mapping` and its bounds turn exponents into the multipliers.
+        of_shape: whether it gets the exponents of random matrices of the same shapes instead of the
+            measured ones.
     """
 
     path: str
     summary: str
     acts_on: str = LEARNING_RATE
     mapped: bool = False
+    of_shape: bool = False
 
 
 _HERE = "megatron_llr.policies."
@@ -50,6 +53,17 @@ POLICIES: dict[str, PolicyRow] = {
     ),
     "inverse": PolicyRow(
         _HERE + "shuffled:inverse", "esd turned round: heavier tail, larger rate", mapped=True
+    ),
+    "shape": PolicyRow(
+        _HERE + "assign:assign_multipliers",
+        "esd with the expected exponents of random matrices of the same shapes",
+        mapped=True,
+        of_shape=True,
+    ),
+    "role-mean": PolicyRow(
+        _HERE + "role_mean:role_mean",
+        "the multipliers of esd, averaged over the matrices of each role",
+        mapped=True,
     ),
     "alphadecay": PolicyRow(
         _HERE + "alphadecay:alphadecay",

@@ -7,10 +7,11 @@ from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_llr.config import LLRConfig, ScriptConfig
+from megatron_llr.config import LLRConfig
 from megatron_llr.errors import input_error
 from megatron_llr.megatron.assembly import UNSTEPPABLE
 from megatron_llr.policy_table import summaries
+from megatron_llr.script_config import ScriptConfig
 
 _PREFIX = "llr_"
 

@@ -13,7 +13,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_llr.config import LLRConfig, ScriptConfig
+from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.megatron import batches
 from megatron_llr.megatron.flags import (
@@ -24,6 +24,7 @@ from megatron_llr.megatron.flags import (
 )
 from megatron_llr.megatron.seams import installed, use_prebuilt_dataset_helpers
 from megatron_llr.ranks import together
+from megatron_llr.script_config import ScriptConfig
 
 
 def run_loop(args: Namespace) -> None:

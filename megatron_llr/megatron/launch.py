@@ -6,9 +6,9 @@ from typing import get_args
 
 import torch
 
-from megatron_llr.config import DeviceName
 from megatron_llr.errors import input_error
 from megatron_llr.megatron.packages import check_transformer_engine
+from megatron_llr.script_config import DeviceName
 
 _FLAG = "--llr-device"
 

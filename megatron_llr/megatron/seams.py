@@ -17,7 +17,7 @@ from megatron.training.global_vars import (
     get_wandb_writer,
 )
 
-from megatron_llr.config import LLRConfig, ScriptConfig, flag, shared_settings
+from megatron_llr.config import LLRConfig, flag, shared_settings
 from megatron_llr.controller import LayerwiseController
 from megatron_llr.errors import topology_error
 from megatron_llr.megatron import library
@@ -25,6 +25,7 @@ from megatron_llr.megatron.assembly import name_weights, say
 from megatron_llr.megatron.param_scheduler import LayerwiseParamScheduler
 from megatron_llr.megatron.same_start import draw_weights
 from megatron_llr.ranks import gather_objects, require_equal, together
+from megatron_llr.script_config import ScriptConfig
 from megatron_llr.telemetry.observer import Observer
 
 # The parameters that the seams rely on, by the name that is rebound.

@@ -203,7 +203,7 @@ def plain_matrices(
 
 
 def start_lines(
-    count: int, plain: Mapping[MatrixId, str], learning_rate: float | None, late: int | None
+    count: int, plain: Mapping[MatrixId, str], learning_rate: float | None, unsaved: int | None
 ) -> list[str]:
     """Log lines of a run that starts hyperball steps.
 
@@ -211,13 +211,13 @@ def start_lines(
         count: number of matrices with a hyperball step.
         plain: the others, and why.
         learning_rate: as in the settings.
-        late: number of the next update if the norms are measured in the middle of training.
+        unsaved: number of the next update if the norms were not in a checkpoint.
     """
     rate = "13/3 of --lr" if learning_rate is None else f"{learning_rate:g}"
     names = and_more([f"{matrix} ({why})" for matrix, why in plain.items()], 8) or "none"
     lines = [f"hyperball: {count} matrices keep their norm, learning rate {rate}; plain: {names}"]
-    if late is not None:
+    if unsaved is not None and unsaved > 1:
         lines.append(
-            f"hyperball: the checkpoint has no norms, so those before update {late} are kept"
+            f"hyperball: the checkpoint has no norms, so those before update {unsaved} are kept"
         )
     return lines

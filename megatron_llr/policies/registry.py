@@ -7,7 +7,7 @@ from functools import reduce
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
-from megatron_llr.errors import user_error
+from megatron_llr.errors import input_error, user_error
 from megatron_llr.matrices.ids import ROUTER, MatrixId
 from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
 
@@ -73,12 +73,25 @@ def held_at_one(matrices: Iterable[MatrixId], config: LLRConfig) -> frozenset[Ma
 def targets_for(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:
     """Targets that `config.policy` gives; a matrix left out keeps its multiplier.
 
+    Factors of `config.role_factors` are applied after the policy.
+
     Raises:
-        ValueError: if a user's own policy fails, or gives what is no multiplier.
+        ValueError: if a user's own policy fails, or gives what is no multiplier; or if there are
+            factors for roles that no matrix has.
     """
     held = held_at_one(alphas, config)
     asked = {matrix: alpha for matrix, alpha in alphas.items() if matrix not in held}
-    return {**_ask(asked, config), **dict.fromkeys(held, 1.0)}
+    targets = {**_ask(asked, config), **dict.fromkeys(held, 1.0)}
+    factors = config.factors_by_role()
+    roles = list(dict.fromkeys(matrix.role for matrix in alphas))
+    absent = sorted(factors.keys() - set(roles))
+    if absent:
+        raise input_error(
+            f"{flag('role_factors')} names roles that the model does not have: "
+            f"{', '.join(absent)}. Its roles are {', '.join(roles)}. Set {flag('role_factors')} to "
+            "factors of these."
+        )
+    return {matrix: target * factors.get(matrix.role, 1.0) for matrix, target in targets.items()}
 
 
 def _ask(alphas: Mapping[MatrixId, float], config: LLRConfig) -> dict[MatrixId, float]:

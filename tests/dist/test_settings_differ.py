@@ -13,9 +13,10 @@ import torch.distributed as dist
 from harness import train
 
 from megatron_llr import LLRConfig, state
-from megatron_llr.config import ScriptConfig, flag, shared_settings
+from megatron_llr.config import flag, shared_settings
 from megatron_llr.megatron import assembly, library, versions
 from megatron_llr.ranks import gather_objects, require_equal
+from megatron_llr.script_config import ScriptConfig
 from megatron_llr.telemetry.observer import Observer
 
 pytestmark = pytest.mark.world_size(2)
@@ -36,6 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mean_preserving": {"mean_preserving": True},
     "granularity": {"granularity": "role"},
     "role_table": {"policy": "fixed", "role_table": "llr"},
+    "role_factors": {"role_factors": "q=0.7"},
     "depth_floor": {"depth_floor": 0.2},
     "random_seed": {"random_seed": 1},
     "weight_decay": {"weight_decay": "decoupled"},

@@ -15,7 +15,8 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from megatron_llr.config import LLRConfig, ScriptConfig, flag
+from megatron_llr.config import LLRConfig, flag
+from megatron_llr.script_config import ScriptConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

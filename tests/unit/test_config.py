@@ -6,12 +6,13 @@ from typing import Any, get_args
 import pytest
 
 from megatron_llr import LLRConfig
-from megatron_llr.config import Kind, ScriptConfig, flag, settings_of, shared_settings
+from megatron_llr.config import Kind, flag, settings_of, shared_settings
+from megatron_llr.script_config import ScriptConfig
 
 FLAGS = """
 --llr-policy --llr-min-multiplier --llr-max-multiplier --llr-interval --llr-ramp-iters
 --llr-active-fraction --llr-active-iters --llr-estimator --llr-mapping --llr-inverse --llr-quantile
---llr-mean-preserving --llr-granularity --llr-role-table --llr-depth-floor
+--llr-mean-preserving --llr-granularity --llr-role-table --llr-role-factors --llr-depth-floor
 --llr-random-seed --llr-weight-decay --llr-step --llr-hyperball --llr-hyperball-lr --llr-embedding
 --llr-router
 --llr-spectrum --llr-spectrum-source --llr-farms-rows --llr-farms-windows --llr-measure-memory
@@ -77,6 +78,14 @@ def test_the_defaults_are_the_published_settings() -> None:
         ({"policy": "a b:c"}, "--llr-policy"),
         ({"policy": "fixed"}, "--llr-role-table"),
         ({"depth_floor": 0.0}, "--llr-depth-floor"),
+        ({"role_factors": "q"}, "--llr-role-factors"),
+        ({"role_factors": ""}, "--llr-role-factors"),
+        ({"role_factors": "q=0"}, "--llr-role-factors"),
+        ({"role_factors": "q=1,q=2"}, "--llr-role-factors"),
+        ({"role_factors": "query=2"}, "--llr-role-factors"),
+        ({"role_factors": "q=2", "policy": "alphadecay"}, "--llr-role-factors"),
+        ({"policy": "shape", "estimator": "ks"}, "--llr-policy"),
+        ({"policy": "shape", "spectrum": "farms"}, "--llr-policy"),
         ({"depth_floor": 1.1}, "--llr-depth-floor"),
         ({"farms_rows": 49}, "--llr-farms-rows"),
         ({"farms_windows": 0}, "--llr-farms-windows"),

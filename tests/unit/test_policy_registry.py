@@ -53,9 +53,7 @@ def test_every_row_is_a_documented_function_that_gives_every_matrix_a_multiplier
     assert all(math.isfinite(value) and value > 0 for value in found.values())
 
 
-@pytest.mark.parametrize(
-    "policy", sorted(set(POLICIES) - {"esd", "random", "inverse", "alphadecay"})
-)
+@pytest.mark.parametrize("policy", sorted(name for name, row in POLICIES.items() if not row.mapped))
 def test_a_policy_without_exponents_asks_for_none(policy: str) -> None:
     missing = dict.fromkeys(ALPHAS, math.nan)
     assert targets_for(missing, config(policy)) == targets_for(ALPHAS, config(policy))
@@ -204,8 +202,41 @@ def test_the_policy_that_the_docs_show(tmp_path: Path, monkeypatch: pytest.Monke
     assert mean(found) == pytest.approx(1.0)
 
 
+def test_role_mean_is_the_mean_of_esd_per_role() -> None:
+    for preserving in (False, True):
+        esd = targets_for(ALPHAS, config("esd", mean_preserving=preserving))
+        averaged = targets_for(ALPHAS, config("role-mean", mean_preserving=preserving))
+        assert mean(averaged) == pytest.approx(mean(esd))
+        assert (averaged["embedding"], averaged["head"]) == (esd["embedding"], esd["head"])
+        for role in ("attention.k", "mlp.down"):
+            of_role = [esd[f"block.{block}.{role}"] for block in range(BLOCKS)]
+            for block in range(BLOCKS):
+                assert averaged[f"block.{block}.{role}"] == pytest.approx(sum(of_role) / BLOCKS)
+    # A matrix without an exponent keeps its multiplier, as under esd.
+    unknown = {**ALPHAS, "block.0.mlp.up": math.nan}
+    assert "block.0.mlp.up" not in targets_for(unknown, config("role-mean"))
+
+
+def test_factors_scale_single_roles_after_the_policy() -> None:
+    plain = targets_for(ALPHAS, config("esd", mean_preserving=True))
+    scaled = targets_for(
+        ALPHAS, config("esd", mean_preserving=True, role_factors="k=0.7, embedding=1.3")
+    )
+    for matrix, target in scaled.items():
+        factor = 0.7 if matrix.endswith(".k") else 1.3 if matrix == "embedding" else 1.0
+        assert target == pytest.approx(plain[matrix] * factor)
+    # A router is held at 1 by the policy, not by its factor.
+    alphas = {**ALPHAS, "block.0.mlp.router": 2.0}
+    assert targets_for(alphas, config("uniform", role_factors="router=0.5")) == {
+        **dict.fromkeys(alphas, 1.0),
+        "block.0.mlp.router": 0.5,
+    }
+    with pytest.raises(ValueError, match=r"--llr-role-factors names roles .*got router; allowed"):
+        targets_for(ALPHAS, config("uniform", role_factors="router=0.5"))
+
+
 def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
-    new = {"depth_floor", "random_seed", "farms_rows", "farms_windows"}
+    new = {"role_factors", "depth_floor", "random_seed", "farms_rows", "farms_windows"}
     assert new <= set(settings_of(LLRConfig, "meaning"))
     # A document that was saved before these settings were there is gone on from.
     settings = LLRConfig()

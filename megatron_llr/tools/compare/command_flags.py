@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from megatron_llr.config import LLRConfig, ScriptConfig, flag, settings_of
+from megatron_llr.config import LLRConfig, flag, settings_of
+from megatron_llr.script_config import ScriptConfig
 
 # Flags of the extension that are not settings of a policy: where and how a run starts and writes.
 _NOT_OF_THE_POLICY = frozenset(

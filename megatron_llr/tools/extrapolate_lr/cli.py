@@ -16,39 +16,40 @@ logarithm of the tokens are fitted to the optimal rates and to the optimal effec
 extrapolation.txt, optima.csv, fits.csv and extrapolation.png."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    made = argparse.ArgumentParser(
         prog="extrapolate_lr",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", type=Path, help="folders of grids, or CSV files")
-    parser.add_argument("--tokens", type=float, help="number of tokens to predict the rate for")
-    parser.add_argument(
+    made.add_argument("inputs", nargs="+", type=Path, help="folders of grids, or CSV files")
+    made.add_argument("--tokens", type=float, help="number of tokens to predict the rate for")
+    made.add_argument(
         "--out", type=Path, default=Path("extrapolation"), help="output folder (extrapolation)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--window",
         type=float,
         default=3.0,
         help="fit the rates within this factor of the best one (3)",
     )
-    parser.add_argument(
+    made.add_argument(
         "--best-batch",
         action="store_true",
         help="take the batch size of least loss at each rate, not each batch size by itself",
     )
-    parser.add_argument(
+    made.add_argument(
         "--columns",
         nargs="+",
         default=[],
         metavar="NAME=COLUMN",
         help=f"names in the CSV files that differ from {', '.join(COLUMNS)}",
     )
-    parser.add_argument(
+    made.add_argument(
         "--policy", nargs="+", default=[], help="only these values of the column policy"
     )
-    return parser
+    return made
 
 
 def _run(given: argparse.Namespace) -> str:
@@ -83,7 +84,7 @@ def _run(given: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         print(_run(given))
     except BrokenPipeError:
