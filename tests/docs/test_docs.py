@@ -43,7 +43,8 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
 
 
 SELF_TEST = ROOT / "examples" / "self_test.sbatch"
-SCRIPTS = sorted(set((ROOT / "examples").glob("*.s*")) - {SELF_TEST})
+ZERO_SHOT = ROOT / "examples" / "zero_shot.sh"
+SCRIPTS = sorted(set((ROOT / "examples").glob("*.s*")) - {SELF_TEST, ZERO_SHOT})
 GRIDS = sorted((ROOT / "examples").rglob("*.yaml"))
 # Sizes, steps and rates of arXiv 2605.22297: (blocks, hidden, ffn, heads, steps, lr, min lr).
 LLAMA = {

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import settings_of
-from megatron_llr.matrices.ids import EMBEDDING_IDS
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies import acts_on, targets_for
 from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
@@ -226,12 +226,14 @@ def test_factors_scale_single_roles_after_the_policy() -> None:
         factor = 0.7 if matrix.endswith(".k") else 1.3 if matrix == "embedding" else 1.0
         assert target == pytest.approx(plain[matrix] * factor)
     # A router is held at 1 by the policy, not by its factor.
-    alphas = {**ALPHAS, "block.0.mlp.router": 2.0}
+    alphas = {**ALPHAS, MatrixId.read("block.0.mlp.router"): 2.0}
     assert targets_for(alphas, config("uniform", role_factors="router=0.5")) == {
         **dict.fromkeys(alphas, 1.0),
         "block.0.mlp.router": 0.5,
     }
-    with pytest.raises(ValueError, match=r"--llr-role-factors names roles .*got router; allowed"):
+    with pytest.raises(
+        ValueError, match=r"--llr-role-factors names roles .*: router\. Its roles are "
+    ):
         targets_for(ALPHAS, config("uniform", role_factors="router=0.5"))
 
 
