@@ -247,7 +247,8 @@ class LLRConfig:
         if self.policy == "shape" and (self.estimator, self.spectrum) != ("hill_median", "exact"):
             # The other exponents of random matrices scatter by half of their mean (measured), and
             # FARMS spectra do not depend on the shape.
-            allowed = f"another one, or used with {flag('estimator')} hill_median and {flag('spectrum')} exact"
+            exact = f"{flag('estimator')} hill_median and {flag('spectrum')} exact"
+            allowed = f"another one, or used with {exact}"
             raise _invalid("policy", self.policy, allowed)
         if self.policy == "embedding-only" and self.embedding == "measured":
             allowed = f"max, one, or a number with {flag('policy')} embedding-only"
