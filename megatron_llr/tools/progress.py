@@ -15,7 +15,7 @@ class Progress:
     every ten seconds for log files.
 
     Args:
-        total: number of bytes; `expect` can set it later.
+        total: number of bytes, 0 if unknown, as for a pipe; `expect` can set it later.
         stream: output stream; standard error by default.
     """
 
@@ -30,7 +30,7 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._stream)
+            self._bar = tqdm(total=total or None, unit="B", unit_scale=True, file=self._stream)
 
     def expect(self, total: int) -> None:
         """Set the total number of bytes."""
@@ -46,8 +46,10 @@ class Progress:
             self._bar.update(read)
         elif time.monotonic() >= self._next_line:
             self._next_line += _SECONDS_BETWEEN_LINES
-            share = 100 * self._read / max(1, self._total)
-            print(f"{share:5.1f} % read, {note}", file=self._stream, flush=True)
+            share = f"{self._read:,} bytes"
+            if self._total:
+                share = f"{100 * self._read / self._total:5.1f} %"
+            print(f"{share} read, {note}", file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -26,6 +26,17 @@ def preprocess(
     )
 
 
+def peak_memory(*arguments: object) -> int:
+    """Bytes of memory that the tool used at its peak; it must succeed."""
+    tool = subprocess.Popen(
+        [*TOOL, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(tool.pid, 0)
+    tool.returncode = os.waitstatus_to_exitcode(status)
+    assert tool.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     path.write_text("".join(json.dumps({"id": 1, key: text}) + "\n" for text in texts))
     return path

@@ -167,7 +167,7 @@ REFUSED = {
     "not a string": (
         not_a_string,
         [
-            "in.jsonl:1 has no text with the key 'text': it has a value of type int",
+            "in.jsonl:1 has no text with the key 'text': it has a number there",
             'must be like {"text": "..."}',
             "Set --json-key",
         ],
@@ -183,11 +183,11 @@ REFUSED = {
     ),
     "no file": (
         lambda folder: [folder / "none.txt"],
-        ["none.txt: no such file", "must be a file, or a pattern", "Correct the path"],
+        ["none.txt: no such file", "must be a file, a pipe, or a pattern", "Correct the path"],
     ),
     "no match": (
         lambda folder: [folder / "*.txt"],
-        ["*.txt: no such file", "must be a file, or a pattern", "Correct the path"],
+        ["*.txt: no such file", "must be a file, a pipe, or a pattern", "Correct the path"],
     ),
     "only empty": (
         lambda folder: [write_jsonl(folder / "in.jsonl", [""])],

@@ -7,7 +7,8 @@ import shlex
 import sys
 import warnings
 
-from megatron_llr.tools.preprocess.sources import DOCUMENTS, FORMATS, expand
+from megatron_llr.tools.preprocess.formats import FORMATS
+from megatron_llr.tools.preprocess.sources import DOCUMENTS, TextFormat, expand
 from megatron_llr.tools.preprocess.tokenizing import Tokenizer
 
 _DESCRIPTION = "Convert text to the .bin and .idx files that Megatron's --data-path reads."
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="files or 'patterns'; .gz is decompressed")
+    add("files", nargs="+", metavar="FILE", help="files, pipes or 'patterns'; gzip is decompressed")
     add(
         "--output",
         required=True,
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="NAME", help="folder or Hub name (default: one token per byte)")
     add("--json-key", default="text", metavar="KEY", help="key of the text in JSON lines (text)")
-    add("--format", choices=FORMATS, default="auto", help="auto: JSON lines if named .jsonl, .json")
+    add("--format", choices=FORMATS, default="auto", help="auto: by name, or by content")
     add("--documents", choices=DOCUMENTS, default="file", help="a document of plain text (file)")
     add(
         "--append-eod",
@@ -72,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = build_parser().parse_args(arguments)
     tokenizer = Tokenizer(given.tokenizer, given.append_eod)
     try:
-        expand(given.files)  # also below; reports a wrong path before megatron's slow import
+        text_format = TextFormat(given.format, given.json_key, given.documents)
+        # Also below. Here it reports a wrong path before megatron's slow import.
+        expand(given.files, text_format)
         _import_megatron()
         from megatron_llr.tools.preprocess.preprocess import Options, preprocess
 
@@ -80,9 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             inputs=tuple(given.files),
             output=given.output,
             tokenizer=tokenizer,
-            json_key=given.json_key,
-            form=given.format,
-            documents=given.documents,
+            text_format=text_format,
             workers=given.workers,
             overwrite=given.overwrite,
         )

@@ -16,6 +16,9 @@ from megatron_llr.errors import input_error
 
 _READ_BYTES = 1 << 24
 
+# Megatron's index stores the length of a document as a signed 32-bit integer.
+LONGEST_DOCUMENT = 2**31 - 1
+
 
 class PairWriter:
     """Writes documents to temporary files; leaving the `with` block verifies and renames them.
@@ -50,6 +53,7 @@ class PairWriter:
         self._vocab_size = vocab_size
         self.documents = 0
         self.tokens = 0
+        self._open_tokens = 0
         self._checksum = 0
         self._builder: Any = None
         existing = [path for path in self._paths(self._target) if path.exists()]
@@ -75,15 +79,25 @@ class PairWriter:
             raise self._cannot_write(broken) from broken
         return self
 
-    def add(self, ids: npt.NDArray[Any], lengths: Sequence[int]) -> None:
+    def add(
+        self,
+        ids: npt.NDArray[Any],
+        lengths: Sequence[int],
+        *,
+        continues: bool = False,
+        place: str | None = None,
+    ) -> None:
         """Append documents.
 
         Args:
             ids: concatenated token ids of all documents, of any integer dtype.
             lengths: number of tokens of each document.
+            continues: whether the last document continues in the next call.
+            place: where the documents come from, for errors.
 
         Raises:
-            ValueError: if the files cannot be written, or an id is outside the vocabulary.
+            ValueError: if the files cannot be written, an id is outside the vocabulary, or a
+                document is longer than LONGEST_DOCUMENT.
         """
         assert len(ids) == sum(lengths)
         if len(ids):
@@ -95,15 +109,23 @@ class PairWriter:
                     "or number the tokens of this one without gaps."
                 )
         stored = ids.astype(self.dtype)
-        start = 0
         try:
-            for length in lengths:
-                self._builder.add_document(stored[start : start + length], [length])
-                start += length
+            self._builder.data_file.write(stored)
+            for position, length in enumerate(lengths, start=1):
+                self._open_tokens += length
+                if self._open_tokens > LONGEST_DOCUMENT:
+                    raise too_long(
+                        f"A document at {place}" if place else f"Document {self.documents + 1}"
+                    )
+                if position == len(lengths) and continues:
+                    break
+                # The tokens are already written.
+                self._builder.add_document(stored[:0], [self._open_tokens])
+                self.documents += 1
+                self._open_tokens = 0
         except OSError as broken:
             raise self._cannot_write(broken) from broken
-        self._checksum = zlib.crc32(stored.tobytes(), self._checksum)
-        self.documents += len(lengths)
+        self._checksum = zlib.crc32(stored, self._checksum)
         self.tokens += len(ids)
 
     def __exit__(
@@ -139,9 +161,14 @@ class PairWriter:
             _sync(path)
         self._read_back(parts)
         data, index = self._paths(self._target)
-        index.unlink(missing_ok=True)
-        os.replace(parts[0], data)
-        os.replace(parts[1], index)
+        try:
+            index.unlink(missing_ok=True)
+            os.replace(parts[0], data)
+            os.replace(parts[1], index)
+        except BaseException:  # a signal, too
+            if not index.exists():
+                data.unlink(missing_ok=True)
+            raise
 
     def _read_back(self, parts: list[Path]) -> None:
         """Compare the files with the added documents, using Megatron's reader.
@@ -176,6 +203,14 @@ class PairWriter:
             "folder with space for the tokens. Free some space or choose another --output. The "
             "partial output was removed."
         )
+
+
+def too_long(document: str) -> ValueError:
+    """The error for a document with more than LONGEST_DOCUMENT tokens."""
+    return input_error(
+        f"{document} has more than {LONGEST_DOCUMENT:,} tokens. Megatron's index cannot store the "
+        "length of a longer document. Divide it, or set --documents paragraph or line."
+    )
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Converts text files to one dataset for `--data-path`, in order, with several processes."""
 
 import contextlib
+import itertools
 import multiprocessing
 import signal
 import time
@@ -15,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llr.errors import input_error
-from megatron_llr.tools.preprocess.pair import PairWriter
+from megatron_llr.tools.preprocess.pair import LONGEST_DOCUMENT, PairWriter, too_long
+from megatron_llr.tools.preprocess.pieces import check_cut
 from megatron_llr.tools.preprocess.sources import (
     Chunk,
+    TextFormat,
     expand,
-    is_json_lines,
     read_chunks,
-    total_bytes,
 )
 from megatron_llr.tools.preprocess.tokenizing import (
     Encoded,
@@ -43,9 +44,7 @@ class Options:
         inputs: files or glob patterns, in the order of the dataset.
         output: path of the dataset without suffix.
         tokenizer: the tokenizer.
-        json_key: key of the text in JSON lines.
-        form: format of the files, one of `sources.FORMATS`.
-        documents: unit of a document in plain text, one of `sources.DOCUMENTS`.
+        text_format: how the inputs are read.
         workers: number of tokenizing processes.
         overwrite: whether an existing dataset may be replaced.
     """
@@ -53,9 +52,7 @@ class Options:
     inputs: tuple[str, ...]
     output: str
     tokenizer: Tokenizer
-    json_key: str = "text"
-    form: str = "auto"
-    documents: str = "file"
+    text_format: TextFormat
     workers: int = 1
     overwrite: bool = False
 
@@ -81,27 +78,32 @@ def preprocess(options: Options) -> Summary:
     if options.workers < 1:
         raise input_error(f"--workers is {options.workers}. It must be at least 1.")
     began = time.monotonic()
-    paths = expand(options.inputs)
+    sources = expand(options.inputs, options.text_format)
     tokenizer = options.tokenizer
-    vocab_size = tokenizer.vocab_size
-    if tokenizer.append_eod:
-        _ = tokenizer.end_of_document  # raises here instead of in a worker
-    writer = PairWriter(options.output, vocab_size, overwrite=options.overwrite)
+    tokenizer.check_end_of_document()
+    if tokenizer.name is None:
+        for source in sources:
+            if source.one_document and source.size + tokenizer.append_eod > LONGEST_DOCUMENT:
+                raise too_long(source.path)
+    writer = PairWriter(options.output, tokenizer.vocab_size, overwrite=options.overwrite)
+    chunks = itertools.chain.from_iterable(
+        read_chunks(source.path, options.text_format, in_pieces=tokenizer.takes_pieces)
+        for source in sources
+    )
+    sizes = [source.size for source in sources]
     empty = 0
-    with writer, Progress(total_bytes(paths)) as progress:
-        for encoded in _encoded(_chunks(paths, options), tokenizer, options.workers):
-            writer.add(np.frombuffer(encoded.ids, np.intc), encoded.lengths)
+    right: tuple[int, ...] = ()
+    with writer, Progress(sum(sizes) if all(sizes) else 0) as progress:
+        for encoded in _encoded(chunks, tokenizer, options.workers):
+            check_cut(right, encoded.left, encoded.place)
+            right = encoded.right
+            ids = np.frombuffer(encoded.ids, np.intc)
+            writer.add(ids, encoded.lengths, continues=encoded.continues, place=encoded.place)
             empty += encoded.empty
             rate = writer.tokens / max(1e-9, time.monotonic() - began)
             progress.advance(encoded.read, f"{writer.tokens:,} tokens, {rate:,.0f} tokens/s")
     size = Path(f"{options.output}.bin").stat().st_size
     return Summary(writer.documents, empty, writer.tokens, size, time.monotonic() - began)
-
-
-def _chunks(paths: list[str], options: Options) -> Iterator[Chunk]:
-    for path in paths:
-        key = options.json_key if is_json_lines(path, options.form) else None
-        yield from read_chunks(path, json_key=key, documents=options.documents)
 
 
 @contextlib.contextmanager
