@@ -42,6 +42,7 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
         assert any(place.exists() for place in places), path
 
 
+# The others are those that train.
 SELF_TEST = ROOT / "examples" / "self_test.sbatch"
 ZERO_SHOT = ROOT / "examples" / "zero_shot.sh"
 SCRIPTS = sorted(set((ROOT / "examples").glob("*.s*")) - {SELF_TEST, ZERO_SHOT})
