@@ -1,6 +1,8 @@
 """tools/compare.py on real jobs: interrupted, resumed, a diverged run, the report."""
 
+import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+
+from megatron_llr.telemetry.read_logs import rates_by_role
+from megatron_llr.tools.compare.planned_runs import measured_roles
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -84,6 +89,49 @@ def test_an_interrupted_grid_resumes_and_a_diverged_run_is_a_result(tmp_path: Pa
     assert done.stat().st_mtime_ns == written
     assert json.loads(done.read_text())["died_of_nan"] is False
     assert (out / "table.txt").read_text().strip() in output
+
+
+def test_the_rate_of_each_role_is_scaled_around_the_control(tmp_path: Path) -> None:
+    """The control first; the runs of the sweep follow from it, at its best rate."""
+    out = tmp_path / "out"
+    content = {
+        "out": str(out),
+        "learning_rates": [1e-3],
+        "iterations": [8],
+        "seeds": [5],
+        "policies": {"uniform": "--llr-policy uniform"},
+        "sensitivity": {"factors": [0.5], "roles": ["embedding", "k"]},
+        "flags": FLAGS.replace("--train-iters 8", ""),
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    tool = compare(path)
+    output, _ = tool.communicate(timeout=900)
+    assert tool.returncode == 0, output
+    assert "[3/3] uniform, k x 0.5, 8 updates, lr 0.001, seed 5: validation" in output
+    assert "sensitivity to the rate of each role, around uniform:" in output
+    assert "FLAGGED" not in output
+    base = out / "uniform" / "iters-8" / "lr-0.001" / "seed-5"
+    scaled = out / "sensitivity" / "k-0.5" / "uniform" / "iters-8" / "lr-0.001" / "seed-5"
+    roles = ["embedding", "head", "q", "k", "v", "o", "up", "down"]
+    assert measured_roles(base) == roles
+    by_folder = [rates_by_role(folder, "learning_rate") for folder in (base, scaled)]
+    for role in roles:
+        for update in (4, 8):
+            ratio = by_folder[1][role][update].mean / by_folder[0][role][update].mean
+            assert abs(ratio - (0.5 if role == "k" else 1.0)) < 1e-9
+    with (out / "sensitivity.csv").open() as file:
+        rows = {row["role"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"embedding", "k"}
+    for row in rows.values():
+        # With one factor the slope is that of the line through both losses.
+        change = float(row["change_0.5"])
+        assert abs(float(row["slope"]) + change / math.log(2)) < 1e-9
+    assert (out / "sensitivity.png").stat().st_size > 1000
+    with (out / "runs.csv").open() as file:
+        (run,) = csv.DictReader(file)
+    # Rate over norm: the rate is at most 1e-3, the norms of these matrices are 1 to 3.
+    assert 1e-5 < float(run["effective_learning_rate"]) < 1e-3
 
 
 def test_the_character_data_are_split_as_published(tmp_path: Path) -> None:

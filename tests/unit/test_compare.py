@@ -21,6 +21,7 @@ from megatron_llr.tools.compare.jobs import _prepare_folder, command, pending
 from megatron_llr.tools.compare.report import write_report
 from megatron_llr.tools.compare.results import has_diverged, read_result, write_done
 from megatron_llr.tools.compare.statistics import (
+    detectable,
     difference_of,
     mean_of,
     reaches,
@@ -62,13 +63,16 @@ def finish(run: Run, losses: list[float], *, first: float = 5.0, **more: Any) ->
 def test_every_esd_policy_gets_its_controls(make_grid: MakeGrid) -> None:
     grid = make_grid()
     assert list(grid.policies) == [
-        *("uniform", "esd", "esd-mean1", "esd-random", "esd-inverse", "esd-embedding-only"),
+        *("uniform", "esd", "esd-mean1", "esd-random", "esd-inverse", "esd-shape"),
+        *("esd-role-mean", "esd-embedding-only"),
     ]
     kinds = {name: value_of(words, "--llr-policy") for name, words in grid.policies.items()}
     assert kinds["esd-random"] == "random"
     assert kinds["esd-inverse"] == "inverse"
     preserving = {n for n, words in grid.policies.items() if "--llr-mean-preserving" in words}
-    assert preserving == {"esd-mean1", "esd-random", "esd-inverse"}
+    assert kinds["esd-shape"] == "shape"
+    assert kinds["esd-role-mean"] == "role-mean"
+    assert preserving == set(grid.policies) - {"uniform", "esd", "esd-embedding-only"}
     named = {(e.policy, e.against) for e in effects(grid.policies, grid.flags, "uniform")}
     assert named == {
         ("esd", "uniform"),
@@ -77,8 +81,29 @@ def test_every_esd_policy_gets_its_controls(make_grid: MakeGrid) -> None:
         ("esd", "esd-mean1"),
         ("esd-mean1", "esd-random"),
         ("esd-mean1", "esd-inverse"),
+        ("esd-mean1", "esd-shape"),
+        ("esd-mean1", "esd-role-mean"),
     }
     assert list(make_grid(counterparts=False).policies) == ["uniform", "esd"]
+
+
+def test_farms_is_compared_with_the_same_policy_and_has_no_shape_control(
+    make_grid: MakeGrid,
+) -> None:
+    policies = {
+        **WHOLE["policies"],
+        "farms": "--llr-policy esd --llr-mean-preserving --llr-spectrum farms --llr-farms-rows 60",
+        "ks": "--llr-policy esd --llr-estimator ks",
+    }
+    grid = make_grid(policies=policies)
+    assert {"farms-random", "farms-role-mean", "ks-mean1", "ks-random"} <= set(grid.policies)
+    assert not {"farms-shape", "ks-shape"} & set(grid.policies)
+    named = {
+        (e.policy, e.against)
+        for e in effects(grid.policies, grid.flags, "uniform")
+        if "FARMS" in e.meaning
+    }
+    assert named == {("farms", "esd-mean1")}
 
 
 def test_existing_and_pointless_controls_are_not_added(make_grid: MakeGrid) -> None:
@@ -90,7 +115,8 @@ def test_existing_and_pointless_controls_are_not_added(make_grid: MakeGrid) -> N
     }
     added = set(make_grid(policies=policies).policies) - set(policies)
     assert added == {
-        *("llr-random", "llr-inverse", "plain-mean1", "plain-random", "plain-inverse"),
+        *("llr-random", "llr-inverse", "llr-shape", "llr-role-mean"),
+        *("plain-mean1", "plain-random", "plain-inverse", "plain-shape", "plain-role-mean"),
     }
 
 
@@ -105,14 +131,14 @@ def test_controls_do_not_replace_the_users_policies(make_grid: MakeGrid) -> None
     same = "--llr-mean-preserving --llr-policy=random --seq-length 16"
     grid = make_grid(policies={**policies, "esd-random": same})
     assert grid.policies["esd-random"] == tuple(same.split())
-    assert len(grid.policies) == 6
+    assert len(grid.policies) == 8
 
 
 def test_runs_differ_only_in_policy_rate_and_seed(make_grid: MakeGrid) -> None:
     grid = make_grid()
     runs = grid.base_runs()
-    assert len(runs) == 6 * 2 * 3 == len({run.folder for run in runs})
-    assert [run.seed for run in runs] == [1] * 12 + [2] * 12 + [3] * 12
+    assert len(runs) == 8 * 2 * 3 == len({run.folder for run in runs})
+    assert [run.seed for run in runs] == [1] * 16 + [2] * 16 + [3] * 16
     for run in runs:
         assert value_of(run.settings, "--lr") == f"{run.learning_rate:g}"
         assert value_of(run.settings, "--min-lr") == f"{run.learning_rate * 0.1:g}"
@@ -211,6 +237,16 @@ def test_means_and_paired_differences() -> None:
     assert math.isnan(difference_of({1: 1.0}, {1: 2.0}).low)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "shift"),
+    # Paired t test, 5 % two-sided, power 80 %: Cohen's d from printed tables of power.
+    [(10, 0.996), (20, 0.660), (30, 0.529)],
+)
+def test_the_smallest_detectable_difference(seeds: int, shift: float) -> None:
+    assert detectable(0.02, seeds) == pytest.approx(0.02 * shift, abs=1e-5)
+    assert math.isnan(detectable(0.02, 1))
+
+
 def test_when_a_curve_reaches_a_loss() -> None:
     curve = [(50, 3.0), (100, 2.0), (150, 2.5)]
     assert reaches(curve, 2.25) == 87.5
@@ -231,17 +267,17 @@ def test_a_finished_run_is_neither_repeated_nor_deleted(make_grid: MakeGrid) -> 
     first = grid.base_runs()[0]
     finish(first, [3.0, 2.0])
     assert first not in pending(grid)
-    assert len(pending(grid)) == 35
+    assert len(pending(grid)) == 47
     (grid.base_runs()[1].folder).mkdir(parents=True)
     (grid.base_runs()[1].folder / "done.json").write_text('{"version": 1, "dig')
     assert grid.base_runs()[1] in pending(grid)
     changed = make_grid(flags=FLAGS + " --weight-decay 0.2")
     with pytest.raises(ValueError, match=r"--weight-decay None, now 0\.2.*--rerun-changed"):
         pending(changed)
-    assert len(pending(changed, rerun_changed=True)) == 36
+    assert len(pending(changed, rerun_changed=True)) == 48
     assert read_result(changed.base_runs()[0]) is None
     more = make_grid(learning_rates=[1e-3, 3e-3, 1e-2])
-    assert len(pending(more)) == 53
+    assert len(pending(more)) == 71
 
 
 def test_only_a_checkpoint_with_the_same_settings_is_resumed(make_grid: MakeGrid) -> None:
@@ -292,8 +328,10 @@ def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
     text = write_report(grid)
     assert "FLAGGED" not in text
     assert "their order, against random" in text
+    assert "beyond role (order of blocks)" in text
+    assert "smallest difference to the control that could have been detected" in text
     assert text == (grid.out / "table.txt").read_text().rstrip("\n")
-    for name, lines in (("runs", 36), ("table", 6), ("curves", 33 * 2 + 3 * 3)):
+    for name, lines in (("runs", 48), ("table", 8), ("curves", 45 * 2 + 3 * 3)):
         with (grid.out / f"{name}.csv").open() as file:
             assert len(list(csv.DictReader(file))) == lines, name
     for name in ("curves.png", "learning_rates.png"):
@@ -302,7 +340,7 @@ def test_the_report_compares_each_at_its_best_rate(make_grid: MakeGrid) -> None:
 
 def test_an_unfinished_grid_is_reported(make_grid: MakeGrid) -> None:
     grid = make_grid()
-    assert write_report(grid).startswith("0 of 36 runs done")
+    assert write_report(grid).startswith("0 of 48 runs done")
     for run in grid.base_runs()[:3]:
         finish(run, [3.0, 2.0])
     assert "1 of 3 seeds" in write_report(grid)

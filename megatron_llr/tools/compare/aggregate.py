@@ -12,10 +12,12 @@ from megatron_llr.tools.compare.statistics import (
     Curve,
     Difference,
     Mean,
+    detectable,
     difference_of,
     mean_curve,
     mean_of,
     reaches,
+    student_quantile,
 )
 
 
@@ -235,6 +237,39 @@ def summaries_of(grid: Grid, results: Sequence[Result]) -> list[PolicySummary]:
             )
         )
     return summaries
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What differences to the control a grid can detect.
+
+    Attributes:
+        seeds: the smallest number of seeds of a comparison.
+        deviation: standard deviation of the paired differences, pooled over the policies.
+        smallest: smallest true difference that is detected at 5 % with a power of 80 %.
+    """
+
+    seeds: int
+    deviation: float
+    smallest: float
+
+
+def resolution_of(summaries: Sequence[PolicySummary]) -> Resolution | None:
+    """The resolution of the comparisons with the control; None without paired intervals."""
+    paired = [
+        summary.difference
+        for summary in summaries
+        if summary.difference and summary.difference.paired and summary.difference.count > 1
+    ]
+    if not paired:
+        return None
+    variances = [
+        ((each.high - each.low) / 2 / student_quantile(0.975, each.count - 1)) ** 2 * each.count
+        for each in paired
+    ]
+    seeds = min(each.count for each in paired)
+    deviation = math.sqrt(math.fsum(variances) / len(variances))
+    return Resolution(seeds, deviation, detectable(deviation, seeds))
 
 
 def effect_differences(

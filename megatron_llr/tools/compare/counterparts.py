@@ -1,8 +1,10 @@
-"""Control policies added for every esd policy of a grid, which separate three effects.
+"""Control policies added for every esd policy of a grid, which separate its effects.
 
 The gain of LLR over a uniform rate mixes the embedding's larger rate, the larger mean of the other
 rates, and their order. `embedding-only` against uniform measures the first, esd against itself
-with mean 1 the second. The third is esd with mean 1 against a random order and against the inverse.
+with mean 1 the second. The third is esd with mean 1 against a random order and against the inverse;
+against `shape` it is what the spectra add to the shapes of the matrices, against `role-mean` what
+blocks add to roles.
 """
 
 import shlex
@@ -47,10 +49,17 @@ def _embedding_only(name: str, policies: Policies, shared: Sequence[str]) -> str
     return None
 
 
+def _has_shape_control(flags: Sequence[str]) -> bool:
+    """Whether `shape` allows the estimator and the spectrum of a policy."""
+    return (value_of(flags, "--llr-estimator") or "hill_median") == "hill_median" and (
+        value_of(flags, "--llr-spectrum") or "exact"
+    ) == "exact"
+
+
 def with_counterparts(
     policies: Policies, shared: Sequence[str], control: str
 ) -> dict[str, tuple[str, ...]]:
-    """Add the missing ones of every esd policy's four counterparts.
+    """Add the missing ones of every esd policy's counterparts.
 
     Args:
         policies: name -> flags.
@@ -58,9 +67,10 @@ def with_counterparts(
         control: the policy that all are compared with; it gets no counterparts.
 
     Returns:
-        The policies and, for an esd policy `name`: `name-mean1`, `name-random`, `name-inverse`
-        (these with the mean of the others at 1) and `name-embedding-only`, unless such a policy
-        exists or its embedding has no separate rate.
+        The policies and, for an esd policy `name`: `name-mean1`, `name-random`, `name-inverse`,
+        `name-shape`, `name-role-mean` (these with the mean of the others at 1) and
+        `name-embedding-only`, unless such a policy exists, its embedding has no separate rate, or
+        `shape` does not allow its spectra.
 
     Raises:
         ValueError: if a policy has the name of a counterpart but different flags.
@@ -71,10 +81,10 @@ def with_counterparts(
         if name == control or _kind(flags) != "esd" or value_of(flags, "--llr-inverse") is not None:
             continue
         mean_1 = () if _MEAN_1 in flags else (_MEAN_1,)
-        wanted = {
-            f"{name}-random": (*words, *mean_1, "--llr-policy", "random"),
-            f"{name}-inverse": (*words, *mean_1, "--llr-policy", "inverse"),
-        }
+        kinds = ["random", "inverse", "shape", "role-mean"]
+        if not _has_shape_control(flags):
+            kinds.remove("shape")
+        wanted = {f"{name}-{kind}": (*words, *mean_1, "--llr-policy", kind) for kind in kinds}
         if mean_1:
             wanted = {f"{name}-mean1": (*words, _MEAN_1), **wanted}
         if _embedding(flags) not in ("one", "measured") and not _embedding_only(
@@ -95,8 +105,27 @@ def with_counterparts(
     return completed
 
 
+def _with_farms(name: str, policies: Policies, shared: Sequence[str]) -> str:
+    """The policy that differs from `name` only in FARMS spectra; empty if there is none."""
+
+    def without_spectrum(words: Sequence[str]) -> dict[str, str]:
+        values = values_by_flag([*shared, *words])
+        return {
+            flag: value
+            for flag, value in values.items()
+            if flag not in ("--llr-spectrum", "--llr-farms-rows", "--llr-farms-windows")
+        }
+
+    for other, words in policies.items():
+        if value_of([*shared, *words], "--llr-spectrum") == "farms" and without_spectrum(
+            words
+        ) == without_spectrum(policies[name]):
+            return other if other != name else ""
+    return ""
+
+
 def effects(policies: Policies, shared: Sequence[str], control: str) -> list[Effect]:
-    """The differences that separate the three effects, for every esd policy with counterparts."""
+    """The differences that separate the effects, for every esd policy with counterparts."""
     available = []
     for name, words in policies.items():
         if name == control or _kind([*shared, *words]) != "esd":
@@ -110,6 +139,12 @@ def effects(policies: Policies, shared: Sequence[str], control: str) -> list[Eff
             Effect("the mean of the others", name, f"{name}-mean1"),
             Effect("their order, against random", ordered, f"{name}-random"),
             Effect("their order, against inverse", ordered, f"{name}-inverse"),
+            Effect("beyond shape", ordered, f"{name}-shape"),
+            Effect("beyond role (order of blocks)", ordered, f"{name}-role-mean"),
+        ]
+        wanted += [
+            Effect("shape removed by FARMS", _with_farms(each, policies, shared), each)
+            for each in dict.fromkeys((name, ordered))
         ]
         if f"{name}-random" in policies:
             available += [e for e in wanted if e.policy in policies and e.against in policies]

@@ -1,4 +1,4 @@
-"""The two figures of a grid: curves at the best rates, and final loss against learning rate."""
+"""The figures of a grid: loss curves, final loss over learning rate, sensitivity of roles."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from megatron_llr.output import replaced_file
 from megatron_llr.telemetry.plots import pyplot
 from megatron_llr.tools.compare.aggregate import Cell
 from megatron_llr.tools.compare.grid import Grid
+from megatron_llr.tools.compare.sensitivity import RoleSensitivity
 
 
 def _colours(grid: Grid) -> dict[str, int]:
@@ -74,6 +75,25 @@ def losses_over_rates(grid: Grid, cells: Sequence[Cell], target: Path) -> None:
     axes.set_ylabel("final validation loss")
     axes.set_title("final loss against learning rate (x: diverged)")
     axes.legend(fontsize=8)
+    with replaced_file(target) as partial:
+        figure.savefig(partial, dpi=110)
+    plt.close(figure)
+
+
+def sensitivities(roles: Sequence[RoleSensitivity], target: Path) -> None:
+    """Slope of the final loss in the logarithm of each role's rate, with its interval."""
+    plt = pyplot()
+    known = [each for each in roles if each.slope.count]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.35 * len(known)), layout="constrained")
+    for row, each in enumerate(reversed(known)):
+        slope = each.slope
+        half = (slope.high - slope.low) / 2
+        axes.errorbar(
+            slope.value, row, xerr=half if math.isfinite(half) else 0.0, fmt="o", capsize=3
+        )
+    axes.axvline(0.0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(known)), [each.role for each in reversed(known)])
+    axes.set_xlabel("d loss / d ln rate (negative: a larger rate is better)")
     with replaced_file(target) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)

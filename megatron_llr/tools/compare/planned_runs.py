@@ -116,9 +116,15 @@ def _sensitivity_runs(grid: Grid) -> list[Run]:
 
 
 def measured_roles(folder: Path) -> list[str]:
-    """Roles of the matrices that a run measured; smaller ones have multiplier 1 always."""
+    """Roles whose rate a sweep scales: embedding, head, and those that a run measured.
+
+    Smaller matrices have multiplier 1 always; where there is no other matrix, no role is scaled.
+    """
     try:
         measured = last_measurement(folder)
     except (FileNotFoundError, ValueError):
         return []
-    return list(dict.fromkeys(role for _, role in measured.exponents))
+    roles = dict.fromkeys(role for _, role in measured.exponents)
+    present = {role for _, role in measured.counts}
+    ends = [role for role in ("embedding", "head") if role in present and role not in roles]
+    return [*ends, *roles] if roles else []

@@ -13,6 +13,7 @@ from megatron_llr.tools.compare.aggregate import (
     cells_of,
     effect_differences,
     not_bracketed,
+    resolution_of,
     summaries_of,
 )
 from megatron_llr.tools.compare.checks import flagged
@@ -20,6 +21,7 @@ from megatron_llr.tools.compare.effective_rate import effective_rate
 from megatron_llr.tools.compare.grid import Grid
 from megatron_llr.tools.compare.planned_runs import planned_runs
 from megatron_llr.tools.compare.results import Result, read_result
+from megatron_llr.tools.compare.sensitivity import RoleSensitivity, role_sensitivities
 from megatron_llr.tools.compare.statistics import Difference, Mean
 
 _RUN_FIELDS = "policy learning_rate seed iterations tokens".split()
@@ -134,9 +136,49 @@ def _section(grid: Grid, results: Sequence[Result], summaries: Sequence[PolicySu
     if effects := effect_differences(grid, results):
         lines = [(e.meaning, f"{e.policy} - {e.against}", _difference(d)) for e, d in effects]
         parts.append(text_table(("effect", "difference of final losses", "[95 %]"), lines))
+    if resolution := resolution_of(summaries):
+        parts.append(
+            "smallest difference to the control that could have been detected (5 %, power 80 %): "
+            f"{resolution.smallest:.4f}, with {resolution.seeds} seeds and a standard deviation of "
+            f"the differences of {resolution.deviation:.4f}"
+        )
+    elif len(summaries) > 1:
+        parts.append("no difference can be distinguished from noise: that needs two shared seeds")
     if warnings := flagged(grid, results):
         parts.append("\n".join(["FLAGGED:", *(f"- {line}" for line in warnings)]))
     return "\n\n".join(parts)
+
+
+def _sensitivity_section(grid: Grid, roles: Sequence[RoleSensitivity]) -> str:
+    """The table of the sweep; also writes sensitivity.csv and sensitivity.png."""
+    assert grid.sensitivity is not None
+    factors = grid.sensitivity.factors
+
+    def cells(of: Difference | None) -> tuple[object, ...]:
+        return ("",) * 3 if of is None else (of.value, of.low, of.high)
+
+    _write_csv(
+        grid.out / "sensitivity.csv",
+        [
+            *("role", "seeds", "slope", "slope_low", "slope_high"),
+            *(f"change_{factor:g}{end}" for factor in factors for end in ("", "_low", "_high")),
+        ],
+        (
+            (
+                *(each.role, each.slope.count, *cells(each.slope)),
+                *(cell for factor in factors for cell in cells(each.changes.get(factor))),
+            )
+            for each in roles
+        ),
+    )
+    figures.sensitivities(roles, grid.out / "sensitivity.png")
+    header = ["role", "d loss / d ln rate [95 %]", *(f"rate x {f:g} [95 %]" for f in factors)]
+    lines = [
+        (each.role, _difference(each.slope), *(_difference(each.changes.get(f)) for f in factors))
+        for each in roles
+    ]
+    title = f"sensitivity to the rate of each role, around {grid.sensitivity.policy}:"
+    return f"{title}\n\n{text_table(header, lines)}"
 
 
 def write_report(grid: Grid) -> str:
@@ -167,6 +209,8 @@ def write_report(grid: Grid) -> str:
             figures.losses_over_rates(
                 grid, cells_of(grid, mine), grid.out / f"learning_rates{suffix}.png"
             )
+    if roles := role_sensitivities(grid, finished):
+        parts.append(_sensitivity_section(grid, roles))
     _write_runs(grid, results)
     _write_csv(grid.out / "table.csv", _TABLE_FIELDS, table)
     text = "\n\n".join(part for part in parts if part)

@@ -85,6 +85,31 @@ def difference_of(
     return Difference(value, value - half, value + half, count, paired)
 
 
+def detectable(deviation: float, count: int, *, power: float = 0.8) -> float:
+    """Smallest true difference that a paired t test finds at 5 %, two-sided, with this power.
+
+    Args:
+        deviation: standard deviation of the differences of single seeds.
+        count: number of seeds.
+        power: probability of an interval that excludes 0.
+
+    Returns:
+        The difference; NaN with fewer than two seeds.
+    """
+    if count < 2 or not (math.isfinite(deviation) and deviation > 0):
+        return math.nan
+    from scipy import optimize, stats
+
+    freedom, quantile = count - 1, student_quantile(0.975, count - 1)
+
+    def missing(shift: float) -> float:
+        return float(stats.nct.sf(quantile, freedom, shift)) - power
+
+    # In units of the standard error of the mean.
+    shift = optimize.brentq(missing, 0.0, 20 * quantile)
+    return float(shift) * deviation / math.sqrt(count)
+
+
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[int, Mean]]:
     """Mean over seeds at the iterations that all curves have."""
     if not curves:
