@@ -61,6 +61,18 @@ class Checks:
 
     def run(self) -> None:
         """All four. A check that cannot run because plain Megatron or LLR fails says so."""
+        self._compare()
+        if self.progress.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save_reference(self) -> None:
+        """Only save and measure the weights that other layouts load."""
+        self._set("multipliers", partial(self._multipliers, RateCheck(())))
+        self.row.set_all("not run", "not selected, only saves the weights of its model")
+        if self.progress.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _compare(self) -> None:
         self._set("uniform", self._uniform)
         if self.row.cells["uniform"].status == "FAILED" and self._plain is None:
             self.row.set_all("FAILED", "plain Megatron does not train on this layout")
@@ -72,8 +84,6 @@ class Checks:
             return
         self._set("rates", partial(self._rates, rates))
         self._set("resume", self._resume)
-        if self.progress.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __post_init__(self) -> None:
         self._plain: TrainingRun | None = None
@@ -134,6 +144,9 @@ class Checks:
 
     def _multipliers(self, rates: RateCheck) -> Cell:
         first = not self.reference.values
+        if first:
+            # An earlier layout may have failed and left a part of its own.
+            self.reference.folder = self.reference.folder.with_name(f"weights-{self.layout.name}")
         measured: dict[str, tuple[float | None, float]] = {}
 
         def on_built(run: TrainingRun) -> None:

@@ -79,12 +79,13 @@ def main() -> int:
     # Captured by torch, cuBLAS and NCCL when they are loaded.
     set_deterministic(os.environ)
     try:
-        layouts = selected(ranks, [name for name in given.only.split(",") if name])
+        only = [name for name in given.only.split(",") if name]
+        layouts = selected(ranks, only)
         if given.list:
             if rank == 0:
                 print(_listing(fitting(ranks), selected(ranks)))
             return 0
-        return _run(given, layouts)
+        return _run(given, layouts, only)
     except ValueError as error:
         # The same on all ranks.
         if rank == 0:
@@ -92,8 +93,8 @@ def main() -> int:
         return 1
 
 
-def _run(given: argparse.Namespace, layouts: Sequence[Layout]) -> int:
+def _run(given: argparse.Namespace, layouts: Sequence[Layout], only: Sequence[str]) -> int:
     from megatron_llr.tools.self_test import runner
 
-    options = runner.Options(layouts, given.device, given.out.absolute(), given.timeout)
+    options = runner.Options(layouts, only, given.device, given.out.absolute(), given.timeout)
     return runner.SelfTest(options, runner.Terminal()).run()
