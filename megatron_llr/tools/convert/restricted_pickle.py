@@ -195,9 +195,9 @@ class FileSlice(io.RawIOBase):
         """It is."""
         return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    def seek(self, offset: int, start: int = io.SEEK_SET) -> int:
         """Move within the part; positions beyond its end read nothing."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[start]
         self._position = max(0, base + offset)
         return self._position
 
