@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         expand(given.files, text_format)
         _import_megatron()
         from megatron_llr.tools.preprocess.preprocess import Options, preprocess
+        from megatron_llr.tools.preprocess.split import split_flags
 
         options = Options(
             inputs=tuple(given.files),
@@ -96,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{done.tokens:,} tokens, {done.bytes:,} bytes in {done.seconds:.1f} s "
         f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); verified by reading back"
     )
-    path = shlex.quote(given.output)
-    print(f"train on it with: --data-path {path} {tokenizer.training_flags}")
+    split, warning = split_flags(done.documents)
+    if warning:
+        print(f"megatron_llr: {warning}", file=sys.stderr)
+    flags = f"--data-path {shlex.quote(given.output)} {tokenizer.training_flags} {split}"
+    print(f"train on it with: {flags.rstrip()}")
     return 0
