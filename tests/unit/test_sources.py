@@ -6,6 +6,9 @@ import io
 import itertools
 import json
 import lzma
+import re
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -147,6 +150,33 @@ def test_a_contradiction_is_refused_unless_the_format_is_given(
     with pytest.raises(ValueError, match=f"{path.name} .*{message}"):
         expand([str(path)], AUTO)
     assert texts(path, TextFormat("text")) == [content]
+    if "--format jsonl" in message:
+        assert texts(path, TextFormat("jsonl"))
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_the_remedies_work(name: str, tmp_path: Path) -> None:
+    """The command that the error names turns the file into one that is accepted."""
+    path = tmp_path / name
+    path.write_bytes(NOT_TEXT[name][1])
+    with pytest.raises(ValueError, match="is not text") as refused:
+        expand([str(path)], AUTO)
+    remedy = re.search(r"\(([a-z0-9]+)([^)]*)\)\.$", str(refused.value))
+    if remedy is None or shutil.which(remedy[1]) is None:
+        pytest.skip("no command, or it is not installed")
+    if NOT_TEXT[name][1] in (NOT_TEXT["in.zst"][1], NOT_TEXT["in.lz4"][1]):
+        pytest.skip("only the start of a file")
+    content = gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes()
+    if remedy[1] in ("unzip", "tar"):
+        (tmp_path / "packed").write_bytes(content)
+        command = [remedy[1], *remedy[2].split(), str(tmp_path / "packed")]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        expand([str(tmp_path / "a.txt")], AUTO)
+    else:
+        command = [remedy[1], *remedy[2].split()]
+        done = subprocess.run(command, input=content, check=True, capture_output=True)
+        (tmp_path / "out").write_bytes(done.stdout)
+        expand([str(tmp_path / "out")], AUTO)
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:

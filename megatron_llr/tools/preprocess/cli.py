@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         expand(given.files, text_format)
         _import_megatron()
         from megatron_llr.tools.preprocess.preprocess import Options, preprocess
+        from megatron_llr.tools.preprocess.split import split_flags
 
         options = Options(
             inputs=tuple(given.files),
@@ -88,7 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite=given.overwrite,
         )
         done = preprocess(options)
-        from megatron_llr.megatron import data_splits
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -97,15 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{done.tokens:,} tokens, {done.bytes:,} bytes in {done.seconds:.1f} s "
         f"({done.tokens / max(1e-9, done.seconds):,.0f} tokens/s); verified by reading back"
     )
-    path = shlex.quote(given.output)
-    empty = data_splits.default_split_leaves_empty(done.documents)
-    split = f"{data_splits.suggested_split(done.documents)} " if empty else ""
-    print(f"train on it with: --data-path {path} {split}{tokenizer.training_flags}")
-    if empty:
-        print(
-            f"warning: Megatron's default --split {data_splits.DEFAULT_SPLIT} would leave the "
-            f"{' and '.join(empty)} split empty, with documents: {done.documents}. Use the --split "
-            "above, or make more documents of plain text with --documents paragraph or line.",
-            file=sys.stderr,
-        )
+    split, warning = split_flags(done.documents)
+    if warning:
+        print(f"megatron_llr: {warning}", file=sys.stderr)
+    flags = f"--data-path {shlex.quote(given.output)} {tokenizer.training_flags} {split}"
+    print(f"train on it with: {flags.rstrip()}")
     return 0

@@ -22,7 +22,7 @@ _NOT_TEXT = {
     "zstd": (rb"\x28\xb5\x2f\xfd", "Decompress it first (zstd -d)"),
     "lz4": (rb"\x04\x22\x4d\x18", "Decompress it first (lz4 -d)"),
     "zip": (rb"PK(\x03\x04|\x05\x06)", "Unpack it first (unzip)"),
-    "tar": (rb"(?s).{257}ustar", "Unpack it first (tar -x)"),
+    "tar": (rb"(?s).{257}ustar", "Unpack it first (tar -xf)"),
     "Parquet": (rb"PAR1\x15", "Write its texts as JSON lines first"),
     "Arrow": (rb"ARROW1\0\0|\xff\xff\xff\xff", "Write its texts as JSON lines first"),
     "PDF": (rb"%PDF-\d", "Extract its text first (pdftotext)"),

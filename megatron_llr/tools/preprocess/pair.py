@@ -141,14 +141,11 @@ class PairWriter:
         except OSError as broken:
             raise self._cannot_write(broken) from broken
         finally:
-            self._close()
+            # The data file cannot be flushed if the disk is full.
+            with contextlib.suppress(OSError):
+                self._builder.data_file.close()
             for path in parts:
                 path.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        """Close the data file, which cannot be flushed if the disk is full."""
-        with contextlib.suppress(OSError):
-            self._builder.data_file.close()
 
     def _finish(self, parts: list[Path]) -> None:
         if self.documents == 0:
@@ -158,7 +155,8 @@ class PairWriter:
             )
         self._builder.finalize(str(parts[1]))
         for path in parts:
-            _sync(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         self._read_back(parts)
         data, index = self._paths(self._target)
         try:
@@ -211,8 +209,3 @@ def too_long(document: str) -> ValueError:
         f"{document} has more than {LONGEST_DOCUMENT:,} tokens. Megatron's index cannot store the "
         "length of a longer document. Divide it, or set --documents paragraph or line."
     )
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
