@@ -250,3 +250,37 @@ def test_the_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(text.splitlines()) <= 40
     assert "example:" in text
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OTHER = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
+
+
+@pytest.mark.parametrize("dtype", [*PLAIN, *OTHER], ids=str)
+def test_every_stored_dtype_is_kept_or_refused(
+    dtype: torch.dtype, models: Path, tmp_path: Path
+) -> None:
+    """All plain floating point bitwise in both directions; nothing else is reinterpreted."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    shutil.copyfile(models / "qwen2" / "config.json", hf / "config.json")
+    held = {name: tensor.to(dtype) for name, tensor in tensors(models / "qwen2").items()}
+    save_file(held, hf / "model.safetensors", metadata={"format": "pt"})
+    if dtype in OTHER:
+        with pytest.raises(ValueError, match=r"is stored as .* must be one of F64, F32, F16, BF16"):
+            to_megatron(hf, tmp_path / "megatron", Options())
+        assert not (tmp_path / "megatron").exists()
+        return
+    to_megatron(hf, tmp_path / "megatron", Options())
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back", Options())
+    after = tensors(tmp_path / "back")
+    assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(held, dtype)
+    assert all(torch.equal(after[name], held[name]) for name in held)
