@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -55,25 +56,68 @@ LLAMA = {
 }
 
 
-def words_of(script: Path, program: str = "pretrain_gpt_llr.py", *flags: str) -> list[str]:
-    """What an example gives its launcher, which is replaced by one that prints it."""
-    stub = 'stub() { printf "ARG %s\\n" "$@"; }; srun() { "$@"; }; scontrol() { echo h; }\n'
-    stub += 'torchrun() { stub "$@"; }; exec() { "$@"; }\n'
-    stub += "rm() { :; }; mkdir() { :; }; tee() { cat; }; grep() { cat; }; sed() { cat; }\n"
-    stub += "export -f stub srun scontrol torchrun exec rm mkdir tee grep sed\n"
-    environment = {"PATH": "/usr/bin:/bin", "DATA": "d", "TOKENIZER": "t", "PYTHON": "stub"}
-    if script.suffix == ".sbatch":
-        nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
-        assert nodes
-        environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
-    last = shlex.join(flags or ("--llr-log-dir", "last"))
-    command = ["bash", "-c", f'{stub} bash "{script}" {last}']
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+# In place of Python: prints what it would launch, runs what chooses the flags, ignores the rest.
+INTERPRETER = """#!/bin/bash
+case "$*" in
+    "-m torch.distributed.run"*) printf 'ARG %s\\n' "$@" ;;
+    "-m megatron_llr.megatron.launcher_flags"*) exec "$REAL" "$@" ;;
+esac
+"""
+# Packages that a GPU machine may have, as empty modules.
+ENGINE = ("transformer_engine", "transformer_engine_torch")
+APEX = (
+    "apex",
+    "fused_weight_gradient_mlp_cuda",
+    "scaled_masked_softmax_cuda",
+    "scaled_upper_triang_masked_softmax_cuda",
+)
+
+
+def launched(
+    script: Path, *flags: str, packages: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user would, with a stand-in for the job that it launches."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "python"
+        python.write_text(INTERPRETER)
+        python.chmod(0o755)
+        for name in packages:
+            (Path(folder) / f"{name}.py").write_text("")
+        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }; srun() { "$@"; }\n'
+        stub += "scontrol() { echo h; }; export -f torchrun srun scontrol\n"
+        environment = {"PATH": "/usr/bin:/bin", "REAL": sys.executable, "PYTHON": str(python)}
+        environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "DATA": "d", "TOKENIZER": "t"}
+        environment |= {"RUN": f"{folder}/run"}
+        if script.suffix == ".sbatch":
+            nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
+            assert nodes
+            environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
+        return subprocess.run(
+            ["bash", "-c", f'{stub} bash "{script}" {shlex.join(flags)}'],
+            cwd=ROOT,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+
+def printed_words(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What an example gave its launcher; demo.sh keeps it in its log."""
+    assert "running: " in done.stderr, done.stderr
+    line = next(line for line in done.stderr.splitlines() if line.startswith("running: "))
+    words = shlex.split(line.removeprefix("running: "))
     given = [line.removeprefix("ARG ") for line in done.stdout.splitlines() if "ARG " in line]
-    assert program in given, done.stderr
-    if "ARG tools/report_run.py" in done.stdout:
-        given = given[: given.index("tools/report_run.py")]
-    return given
+    # The command that is printed is the one that runs.
+    assert not given or words[-len(given) :] == given or words[1:] == given
+    return words
+
+
+def words_of(script: Path, program: str = "pretrain_gpt_llr.py", *flags: str) -> list[str]:
+    """The command that an example prints, with packages for everything it uses."""
+    last = flags or ("--llr-log-dir", "last")
+    words = printed_words(launched(script, *last, packages=(*ENGINE, *APEX)))
+    assert program in words
+    return words
 
 
 def after(words: list[str], flag: str) -> str:

@@ -18,7 +18,6 @@ extrapolation.txt, optima.csv, fits.csv and extrapolation.png."""
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="extrapolate_lr",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
