@@ -8,23 +8,7 @@ is Megatron's HybridModel, as in its hybrid training. `--llr-*` flags are listed
 of --help. With a GPU the job runs on CUDA and NCCL, without one on CPU and gloo.
 """
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from megatron_llr.megatron import launch
-
-
-@record
-def main() -> None:
-    """Choose the device, then train."""
-    launch.main_arguments()
-    # Imports megatron, which must not happen before the device is chosen.
-    from megatron_llr.megatron import job
-
-    try:
-        job.pretrain()
-    finally:
-        job.shut_down()
-
+from megatron_llr.megatron.pretrain import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Train a small LLaMA-style model with layerwise learning rates on the sources of Python's standard
 # library: tensor parallelism over two ranks, on CPU. Writes everything to runs/demo.
+# Usage: examples/demo.sh [flags]      (`make demo` builds .venv first)
+# Environment variables:
+#   RUN      folder that is replaced   (runs/demo)
+#   ITERS    updates                   (150)
+#   PYTHON   interpreter               (.venv/bin/python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/common/usage.sh
+show_usage examples/demo.sh -- "$@"
 
 PYTHON=${PYTHON:-.venv/bin/python}
 RUN=${RUN:-runs/demo}
@@ -70,11 +77,15 @@ LLR_ARGS=(
     --llr-fixed-validation
 )
 
+COMMAND=(
+    "$PYTHON" -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d
+    --rdzv-endpoint localhost:0 pretrain_gpt_llr.py
+    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}"
+    "${LLR_ARGS[@]}" "$@"
+)
+show_command "${COMMAND[@]}"
 # The full log goes to a file, a selection of its lines to the terminal.
-"$PYTHON" -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d \
-    --rdzv-endpoint localhost:0 pretrain_gpt_llr.py \
-    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \
-    "${LLR_ARGS[@]}" "$@" 2>&1 | tee "$RUN/log.txt" |
+"${COMMAND[@]}" 2>&1 | tee "$RUN/log.txt" |
     grep --line-buffered -E '\[llr\]|iteration +[0-9]+/| validation loss|Error|successfully saved' |
     sed -uE 's/^ *\[[^]]*\] //; s/ \| (consumed|elapsed|global|loss scale|grad|number|params)[^|]*//g; s/ \|[^|]*in billions[^|]*//'
 "$PYTHON" tools/report_run.py "$RUN"

@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# Train a model of arXiv 2605.22297 with layerwise learning rates. examples/llama_*.sh set the
-# size and call this. On several nodes, start it once per node with srun (examples/llama_*.sbatch) or by hand.
+# Environment variables:
 #   DATA        absolute path prefix of the .bin/.idx pair   (required)
 #   TOKENIZER   folder or name of a Hugging Face tokenizer   (required; the paper's: T5's)
 #   RUN         folder of checkpoint and logs                (runs/<name>)
 #   GPUS        processes per node                           (8)
 #   NNODES, HEAD_NODE  number of nodes, address of the first  (from SLURM, or one node)
-#   FP8=1       FP8 matrix products (Hopper or newer; sizes must be multiples of 16)
+#   PORT        of the first node, with several nodes        (29500)
+#   FP8=1       FP8 matrix products (Hopper or newer); rounds --ffn-hidden-size up to a multiple of 16
+#   PYTHON      interpreter of the environment               (python3)
+#
+# examples/llama_*.sh set the size and call this file. On several nodes, start it once per node with srun
+# (examples/llama_*.sbatch) or by hand. Where Transformer Engine or apex is absent, flags that turn off the
+# fusions that need them are added, and said.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/common/usage.sh
+show_usage "examples/$NAME.sh" examples/common/llama.sh -- "$@"
 
-DATA=${DATA:?path prefix of the .bin/.idx pair}
-TOKENIZER=${TOKENIZER:?folder or name of a Hugging Face tokenizer}
+DATA=${DATA:?must be the path prefix of the .bin/.idx pair, see --help}
+TOKENIZER=${TOKENIZER:?must be a folder or the name of a Hugging Face tokenizer, see --help}
 RUN=${RUN:-runs/$NAME}
+PYTHON=${PYTHON:-python3}
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
 if [[ -z ${HEAD_NODE:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
@@ -58,8 +66,10 @@ TRAINING_ARGS=(
     --clip-grad 1.0
     --seed 6198
 )
+ROUND=()
 if [[ ${FP8:-0} == 1 ]]; then
     TRAINING_ARGS+=(--fp8-format hybrid --fp8-recipe tensorwise)
+    ROUND=(--round-ffn)
 fi
 DATA_ARGS=(
     --data-path "$DATA"
@@ -84,7 +94,18 @@ LLR_ARGS=(
     --llr-log-dir "$RUN"
 )
 
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS" --rdzv-backend c10d \
-    --rdzv-id "${SLURM_JOB_ID:-0}" --rdzv-endpoint "$ENDPOINT" \
-    pretrain_gpt_llr.py "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" \
-    "${LOGGING_ARGS[@]}" "${LLR_ARGS[@]}" "$@"
+FLAGS=(
+    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "${LLR_ARGS[@]}" "$@"
+)
+# Flags for absent packages, and a width for FP8 products.
+ADDED=$("$PYTHON" -m megatron_llr.megatron.launcher_flags "${ROUND[@]}" -- "${FLAGS[@]}")
+ADDED_ARGS=()
+[[ -z $ADDED ]] || mapfile -t ADDED_ARGS <<<"$ADDED"
+COMMAND=(
+    "$PYTHON" -m torch.distributed.run
+    --nnodes "$NNODES" --nproc-per-node "$GPUS" --rdzv-backend c10d
+    --rdzv-id "${SLURM_JOB_ID:-0}" --rdzv-endpoint "$ENDPOINT"
+    pretrain_gpt_llr.py "${FLAGS[@]}" "${ADDED_ARGS[@]}"
+)
+show_command "${COMMAND[@]}"
+exec "${COMMAND[@]}"

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -110,9 +109,6 @@ _REASONS = {
     **{flag: UNSTEPPABLE[name] for name, flag in _OF_OPTIMIZERS.items()},
 }
 
-# Optimizers that Megatron imports from another package.
-_EMERGING = ("muon", "soap", "lion")
-
 # Flags that conflict with --llr-fixed-validation, in the same form.
 _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("full_validation", (False,), "--full-validation"),
@@ -120,20 +116,6 @@ _NOT_WITH_FIXED_VALIDATION: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     # Cyclic shuffles: other samples in every evaluation.
     ("dataloader_type", ("single",), "--dataloader-type"),
 )
-
-
-def require_packages(args: Namespace) -> None:
-    """Refuse, before anything is built, an optimizer whose package is missing.
-
-    Raises:
-        ValueError: naming the extra to install.
-    """
-    if args.optimizer not in _EMERGING or find_spec("emerging_optimizers") is not None:
-        return
-    raise input_error(
-        f"--optimizer {args.optimizer} needs the package emerging-optimizers 0.2 or newer, which "
-        "is not installed. Run pip install 'megatron-llr[muon]'."
-    )
 
 
 def refuse_unsupported(args: Namespace) -> None:

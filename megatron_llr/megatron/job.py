@@ -11,18 +11,20 @@ from megatron.training.argument_utils import (
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llr.config import LLRConfig
 from megatron_llr.controller import LayerwiseController
-from megatron_llr.megatron import batches
+from megatron_llr.megatron import batches, launch
 from megatron_llr.megatron.flags import (
     add_llr_arguments,
     configs_from_args,
     refuse_unsupported,
-    require_packages,
 )
+from megatron_llr.megatron.fp8_widths import check_fp8_widths
+from megatron_llr.megatron.package_needs import require_packages
 from megatron_llr.megatron.seams import installed, use_prebuilt_dataset_helpers
+from megatron_llr.megatron.warm_up import start_up
 from megatron_llr.ranks import together
 from megatron_llr.script_config import ScriptConfig
 
@@ -33,13 +35,14 @@ def run_loop(args: Namespace) -> None:
     The model is Megatron's HybridModel with --hybrid-layer-pattern, else its GPTModel.
     """
     from_args = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
-    megatron_pretrain(
-        pretrain_cfg_container_from_args(args, from_args(args)),
-        batches.datasets_provider,
-        ModelType.encoder_or_decoder,
-        batches.forward_step,
-        get_embedding_ranks=batches.embedding_ranks,
-    )
+    with start_up(args.normalization):
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args, from_args(args)),
+            batches.datasets_provider,
+            ModelType.encoder_or_decoder,
+            batches.forward_step,
+            get_embedding_ranks=batches.embedding_ranks,
+        )
 
 
 def pretrain() -> LayerwiseController:
@@ -53,12 +56,15 @@ def pretrain() -> LayerwiseController:
         SystemExit: with code 0 after `--llr-dry-run`.
     """
     use_prebuilt_dataset_helpers()
+    # Parsing alone needs no package. Validation builds the tokenizer and asks for versions.
+    parsed = parse_args(add_llr_arguments)
+    together(lambda: require_packages(parsed, gpu=launch.on_gpu()))
     args = parse_and_validate_args(extra_args_provider=add_llr_arguments)
 
     def checked_configs() -> tuple[LLRConfig, ScriptConfig]:
         configs = configs_from_args(args)
         refuse_unsupported(args)
-        require_packages(args)
+        check_fp8_widths(args)
         return configs
 
     # No process group exists yet in a new process, so this checks only the local rank.

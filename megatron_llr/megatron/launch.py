@@ -80,6 +80,11 @@ def prepare_device(arguments: list[str]) -> list[str]:
     return [*CPU_FLAGS, *arguments]
 
 
+def on_gpu() -> bool:
+    """Whether `prepare_device` chose CUDA in this process."""
+    return "megatron_llr.cpu.emulation" not in sys.modules
+
+
 def main_arguments() -> None:
     """`prepare_device` on this process's own command line."""
     sys.argv[1:] = prepare_device(sys.argv[1:])

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -57,25 +58,70 @@ LLAMA = {
 }
 
 
-def words_of(script: Path, program: str = "pretrain_gpt_llr.py", *flags: str) -> list[str]:
-    """What an example gives its launcher, which is replaced by one that prints it."""
-    stub = 'stub() { printf "ARG %s\\n" "$@"; }; srun() { "$@"; }; scontrol() { echo h; }\n'
-    stub += 'torchrun() { stub "$@"; }; exec() { "$@"; }\n'
-    stub += "rm() { :; }; mkdir() { :; }; tee() { cat; }; grep() { cat; }; sed() { cat; }\n"
-    stub += "export -f stub srun scontrol torchrun exec rm mkdir tee grep sed\n"
-    environment = {"PATH": "/usr/bin:/bin", "DATA": "d", "TOKENIZER": "t", "PYTHON": "stub"}
-    if script.suffix == ".sbatch":
-        nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
-        assert nodes
-        environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
-    last = shlex.join(flags or ("--llr-log-dir", "last"))
-    command = ["bash", "-c", f'{stub} bash "{script}" {last}']
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+# In place of Python: prints what it would launch, runs what chooses the flags, ignores the rest.
+INTERPRETER = """#!/bin/bash
+case "$*" in
+    "-m torch.distributed.run"*) printf 'ARG %s\\n' "$@" ;;
+    "-m megatron_llr.megatron.launcher_flags"*) exec "$REAL" "$@" ;;
+esac
+"""
+# Packages that a GPU machine may have, as empty modules.
+ENGINE = ("transformer_engine", "transformer_engine_torch")
+APEX = (
+    "apex",
+    "fused_weight_gradient_mlp_cuda",
+    "scaled_masked_softmax_cuda",
+    "scaled_upper_triang_masked_softmax_cuda",
+)
+
+PACKAGES = {"none": (), "apex": APEX, "engine": ENGINE, "all": (*ENGINE, *APEX)}
+
+
+def launched(
+    script: Path, *flags: str, packages: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user would, with a stand-in for the job that it launches."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "python"
+        python.write_text(INTERPRETER)
+        python.chmod(0o755)
+        for name in packages:
+            (Path(folder) / f"{name}.py").write_text("")
+        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }; srun() { "$@"; }\n'
+        stub += "scontrol() { echo h; }; export -f torchrun srun scontrol\n"
+        environment = {"PATH": "/usr/bin:/bin", "REAL": sys.executable, "PYTHON": str(python)}
+        environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "DATA": "d", "TOKENIZER": "t"}
+        environment |= {"RUN": f"{folder}/run"}
+        if script.suffix == ".sbatch":
+            nodes = re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.M)
+            assert nodes
+            environment |= {"SLURM_NNODES": nodes[1], "SLURM_JOB_NODELIST": "h[1-9]"}
+        return subprocess.run(
+            ["bash", "-c", f'{stub} bash "{script}" {shlex.join(flags)}'],
+            cwd=ROOT,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+
+def printed_words(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What an example gave its launcher; demo.sh keeps it in its log."""
+    assert "running: " in done.stderr, done.stderr
+    line = next(line for line in done.stderr.splitlines() if line.startswith("running: "))
+    words = shlex.split(line.removeprefix("running: "))
     given = [line.removeprefix("ARG ") for line in done.stdout.splitlines() if "ARG " in line]
-    assert program in given, done.stderr
-    if "ARG tools/report_run.py" in done.stdout:
-        given = given[: given.index("tools/report_run.py")]
-    return given
+    # The command that is printed is the one that runs.
+    assert not given or words[-len(given) :] == given
+    return words
+
+
+def words_of(script: Path, program: str = "pretrain_gpt_llr.py", *flags: str) -> list[str]:
+    """The command that an example prints, with packages for everything it uses."""
+    last = flags or ("--llr-log-dir", "last")
+    words = printed_words(launched(script, *last, packages=(*ENGINE, *APEX)))
+    assert program in words
+    return words
 
 
 def after(words: list[str], flag: str) -> str:
@@ -91,27 +137,48 @@ def parsed_examples() -> dict[str, dict[str, object]]:
         "launch.prepare_device(['--llr-device', 'cpu'])\n"
         "from megatron.training import arguments\n"
         "from megatron_llr.megatron.flags import *\n"
+        "from megatron_llr.megatron.fp8_widths import check_fp8_widths\n"
+        "from megatron_llr.megatron.package_needs import require_packages\n"
         "found = {}\n"
-        "for name, (ranks, words) in json.loads(sys.stdin.read()).items():\n"
+        "for name, (ranks, words, there) in json.loads(sys.stdin.read()).items():\n"
         "    os.environ.update(WORLD_SIZE=str(ranks), RANK='0')\n"
         "    sys.argv = ['pretrain_gpt_llr.py', *words]\n"
         # What parse_and_validate_args does before it builds a tokenizer.
-        "    args = arguments.validate_args(arguments.parse_args(add_llr_arguments))\n"
+        "    args = arguments.parse_args(add_llr_arguments)\n"
+        "    if there is not None:\n"
+        "        require_packages(args, gpu=True, has=[*there, 'transformers'].__contains__)\n"
+        "    args = arguments.validate_args(args)\n"
         "    refuse_unsupported(args)\n"
+        "    check_fp8_widths(args)\n"
         "    configs_from_args(args)\n"
         "    plain = (int, float, str)\n"
         "    found[name] = {k: v for k, v in vars(args).items() if isinstance(v, plain)}\n"
         "print('PARSED', json.dumps(found))\n"
     )
-    jobs: dict[str, tuple[int, Sequence[str]]] = {}
+    jobs: dict[str, tuple[int, Sequence[str], Sequence[str] | None]] = {}
     for script in SCRIPTS:
-        words = words_of(script)
-        nodes = int(after(words, "--nnodes")) if "--nnodes" in words else 1
-        ranks = nodes * int(after(words, "--nproc-per-node"))
-        jobs[script.name] = (ranks, words[words.index("pretrain_gpt_llr.py") + 1 :])
+        for name, packages in PACKAGES.items():
+            # All scripts of the paper's models call the same one.
+            if name != "all" and script.name not in ("llama_60m.sh", "llama_3b.sh"):
+                continue
+            fp8 = "0" if "engine" not in name and name != "all" else ""
+            done = launched(script, "--llr-log-dir", "last", packages=packages, FP8=fp8)
+            words = printed_words(done)
+            nodes = int(after(words, "--nnodes")) if "--nnodes" in words else 1
+            ranks = nodes * int(after(words, "--nproc-per-node"))
+            there = packages if script.stem.startswith("llama_") else None
+            flags = words[words.index("pretrain_gpt_llr.py") + 1 :]
+            jobs[f"{script.name} {name}"] = (ranks, flags, there)
+    for name in ("llama_60m.sh", "llama_1b.sh"):
+        done = launched(ROOT / "examples" / name, packages=PACKAGES["engine"], FP8="1")
+        flags = printed_words(done)
+        flags = flags[flags.index("pretrain_gpt_llr.py") + 1 :]
+        jobs[f"{name} FP8"] = (8, flags, PACKAGES["engine"])
     for path in GRIDS:
         for run in read_grid(path).base_runs():
-            jobs.setdefault(f"{path.parent.name}/{path.name}: {run.policy}", (1, run.settings))
+            jobs.setdefault(
+                f"{path.parent.name}/{path.name}: {run.policy}", (1, run.settings, None)
+            )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         cwd=ROOT,
@@ -129,7 +196,7 @@ def parsed_examples() -> dict[str, dict[str, object]]:
 def test_every_example_is_accepted_by_the_real_parser(
     script: Path, parsed_examples: dict[str, dict[str, object]]
 ) -> None:
-    args = parsed_examples[script.name]
+    args = parsed_examples[f"{script.name} all"]
     assert args["llr_log_dir"] == "last"
     if script.stem.startswith("llama_"):
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads train_iters lr min_lr"
@@ -139,8 +206,61 @@ def test_every_example_is_accepted_by_the_real_parser(
         assert (args["global_batch_size"], args["seq_length"]) == (512, 1024)
         assert (args["llr_interval"], args["llr_ramp_iters"]) == (100, 50)
         assert args.get("fp8") == ("hybrid" if size == "3b" else None)
-        # FP8 products need sizes that are multiples of 16.
-        assert size != "3b" or all(int(n) % 16 == 0 for n in LLAMA[size][1:3])
+
+
+@pytest.mark.parametrize("name", ["llama_60m.sh", "llama_3b.sh"])
+def test_examples_turn_off_what_the_installed_packages_cannot_run(
+    name: str, parsed_examples: dict[str, dict[str, object]]
+) -> None:
+    """The checks of a job on a GPU have accepted these already."""
+    fusions = "gradient_accumulation_fusion apply_rope_fusion masked_softmax_fusion".split()
+    settings = ("transformer_impl", "no_persist_layer_norm", *fusions)
+    chosen = {
+        packages: tuple(parsed_examples[f"{name} {packages}"][setting] for setting in settings)
+        for packages in PACKAGES
+    }
+    assert chosen["all"] == ("transformer_engine", False, True, True, True)
+    assert chosen["engine"] == ("transformer_engine", False, False, True, True)
+    assert chosen["apex"] == ("local", True, True, False, True)
+    assert chosen["none"] == ("local", True, False, False, False)
+
+
+def test_fp8_rounds_the_widths_of_the_paper(parsed_examples: dict[str, dict[str, object]]) -> None:
+    widths = [
+        parsed_examples[f"{name} FP8"]["ffn_hidden_size"]
+        for name in ("llama_60m.sh", "llama_1b.sh")
+    ]
+    assert widths == [1520, 5472]
+
+
+def test_examples_say_once_what_they_change() -> None:
+    script = ROOT / "examples" / "llama_60m.sh"
+    first, second = (
+        launched(script, packages=ENGINE, FP8="1", SLURM_NODEID=node).stderr for node in "01"
+    )
+    assert "--ffn-hidden-size 1512 is rounded up to 1520" in first
+    assert first.count("is not installed: added --no-gradient-accumulation-fusion") == 1
+    assert second == ""
+    without = launched(script).stderr
+    assert without.count("so the layers are Megatron's local ones, which are slower") == 1
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, SELF_TEST], ids=lambda path: path.name)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_example_prints_its_usage(script: Path, flag: str) -> None:
+    done = launched(script, flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(script.relative_to(ROOT)) in done.stdout
+    assert "ARG" not in done.stdout
+    if script.suffix == ".sh":
+        assert "Usage: " in done.stdout
+        assert "Environment variables:" in done.stdout
+
+
+def test_an_example_without_data_says_what_is_missing() -> None:
+    done = launched(ROOT / "examples" / "llama_60m.sh", DATA="")
+    assert done.returncode != 0
+    assert "DATA: must be the path prefix of the .bin/.idx pair, see --help" in done.stderr
 
 
 def test_every_run_of_the_grids_is_accepted_by_the_real_parser(

@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_llr.tools.compare.results import losses
-from tools.report_run import validation_loss
+from megatron_llr.tools.report.cli import validation_loss
 
 
 def write_events(folder: Path, start: int, points: list[tuple[str, float, int]]) -> None:

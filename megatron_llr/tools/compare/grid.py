@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron_llr.tools.compare.command_flags import value_of
 
+# In the folder that a grid is run from; otherwise the installed package's own is used.
+SCRIPT = "pretrain_gpt_llr.py"
 # Needed to convert iterations to tokens.
 BATCH_FLAGS = ("--global-batch-size", "--seq-length")
 # Every run starts from the weights of its seed and is evaluated on the same tokens.
@@ -95,7 +97,7 @@ class Grid:
     control: str = "uniform"
     min_lr_ratio: float = 0.1
     launch: tuple[str, ...] = ()
-    script: str = "pretrain_gpt_llr.py"
+    script: str = SCRIPT
     gpus_per_run: Fraction = Fraction(1)
     extend: int = 0
     sensitivity: Sensitivity | None = None

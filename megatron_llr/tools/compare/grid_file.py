@@ -11,7 +11,13 @@ from typing import Any
 from megatron_llr.errors import input_error
 from megatron_llr.tools.compare.command_flags import value_of
 from megatron_llr.tools.compare.counterparts import with_counterparts
-from megatron_llr.tools.compare.grid import BATCH_FLAGS, SENSITIVITY_FOLDER, Grid, Sensitivity
+from megatron_llr.tools.compare.grid import (
+    BATCH_FLAGS,
+    SCRIPT,
+    SENSITIVITY_FOLDER,
+    Grid,
+    Sensitivity,
+)
 
 _KEYS = {
     "out": "folder of the runs and of the report",
@@ -130,7 +136,7 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         control=control,
         min_lr_ratio=file.number("min_lr_ratio", 0.1),
         launch=launch,
-        script=str(given.get("script", "pretrain_gpt_llr.py")),
+        script=str(given.get("script", SCRIPT)),
         gpus_per_run=_gpus_per_run(file, launch),
         extend=_extend(file),
         sensitivity=_sensitivity(file, policies, control),

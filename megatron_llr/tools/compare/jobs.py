@@ -18,7 +18,7 @@ from typing import IO
 from megatron_llr.errors import input_error
 from megatron_llr.tools.compare.command_flags import value_of, values_by_flag
 from megatron_llr.tools.compare.gpus import gpus_of
-from megatron_llr.tools.compare.grid import Grid, Run
+from megatron_llr.tools.compare.grid import SCRIPT, Grid, Run
 from megatron_llr.tools.compare.planned_runs import planned_runs
 from megatron_llr.tools.compare.results import DONE, losses, read_done, write_done
 from megatron_llr.version import __version__
@@ -72,7 +72,11 @@ def command(grid: Grid, run: Run, slot: int = 0) -> list[str]:
         checkpoint = str(run.folder / "checkpoint")
         paths += ["--save", checkpoint, "--load", checkpoint]
     # The loss at update 1 is needed to compare initial weights and to detect divergence.
-    return [*launch, grid.script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
+    script = [grid.script]
+    if grid.script == SCRIPT and not Path(SCRIPT).exists():
+        # Installed without the repository.
+        script = ["-m", "megatron_llr.megatron.pretrain"]
+    return [*launch, *script, *run.settings, *paths, "--tensorboard-log-interval", "1"]
 
 
 def _job_environment(grid: Grid, slot: int, jobs: int) -> dict[str, str]:

@@ -19,7 +19,6 @@ extrapolation.txt, optima.csv, fits.csv and extrapolation.png."""
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     made = argparse.ArgumentParser(
-        prog="extrapolate_lr",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

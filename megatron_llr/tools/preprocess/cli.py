@@ -20,7 +20,6 @@ _EXAMPLE = """example:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
         usage="%(prog)s FILE... --output PREFIX [options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,

@@ -12,7 +12,8 @@ from megatron_llr.tools.self_test.layouts import Layout, fitting, selected
 
 DESCRIPTION = """Check that layerwise learning rates are right on this machine or cluster.
 
-Usage: torchrun --nproc-per-node N [--nnodes ...] tools/self_test.py [--out FILE.json]
+Usage: torchrun --nproc-per-node N [--nnodes ...] tools/self_test.py [--out FILE.json], or with
+-m megatron_llr.tools.self_test in place of the script.
 
 Prints versions and missing packages. Then trains small models on generated data in Megatron's own
 loop, on every parallel layout that the ranks allow, and checks that
@@ -27,7 +28,6 @@ The exit code is 1 if anything fails. Send the JSON file with a bug report.
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the flags."""
     parser = argparse.ArgumentParser(
-        prog="self_test.py",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,22 @@
+"""The program of `pretrain_gpt_llr.py`, for `torchrun -m megatron_llr.megatron.pretrain`."""
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_llr.megatron import launch
+
+
+@record
+def main() -> None:
+    """Choose the device, then train."""
+    launch.main_arguments()
+    # Imports megatron, which must not happen before the device is chosen.
+    from megatron_llr.megatron import job
+
+    try:
+        job.pretrain()
+    finally:
+        job.shut_down()
+
+
+if __name__ == "__main__":
+    main()

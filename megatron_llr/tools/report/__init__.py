@@ -1,0 +1,1 @@
+"""Figures and a summary of one run."""
