@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr.matrices.ids import EMBEDDING_IDS, role_of
+from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.ranks import gather_objects
 from megatron_llr.spectrum.random_shape import random_exponent
 
@@ -13,10 +13,10 @@ pytestmark = pytest.mark.world_size(1, 2)
 LAYOUTS = {1: "", 2: "--tensor-model-parallel-size 2"}
 
 
-def first_multipliers(*flags: str) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
+def first_multipliers(*flags: str) -> tuple[dict[MatrixId, float], dict[MatrixId, tuple[int, int]]]:
     """Multipliers before the first update, the same on every rank, and the matrices' shapes."""
-    seen: dict[str, float] = {}
-    shapes: dict[str, tuple[int, int]] = {}
+    seen: dict[MatrixId, float] = {}
+    shapes: dict[MatrixId, tuple[int, int]] = {}
 
     def note(run: Run, update: int, done: bool) -> None:
         if update == 1 and not done:
@@ -48,8 +48,8 @@ def test_multipliers_of_role_mean_are_equal_in_all_blocks() -> None:
     inside = {m: v for m, v in multipliers.items() if m not in EMBEDDING_IDS}
     by_role: dict[str, set[float]] = {}
     for matrix, value in inside.items():
-        by_role.setdefault(role_of(matrix), set()).add(value)
+        by_role.setdefault(matrix.role, set()).add(value)
     assert {len(values) for values in by_role.values()} == {1}
     assert len({next(iter(values)) for values in by_role.values()}) > 2
-    unscaled = [value / (0.7 if role_of(m) == "q" else 1.0) for m, value in inside.items()]
+    unscaled = [value / (0.7 if m.role == "q" else 1.0) for m, value in inside.items()]
     assert sum(unscaled) / len(unscaled) == pytest.approx(1.0)
