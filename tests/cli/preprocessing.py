@@ -28,13 +28,21 @@ def preprocess(
 
 def peak_memory(*arguments: object) -> int:
     """Bytes of memory that the tool used at its peak; it must succeed."""
-    tool = subprocess.Popen(
-        [*TOOL, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    # Not `ru_maxrss`, which a child inherits from its parent.
+    program = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_llr.tools.preprocess import cli\n"
+        "code = cli.main(sys.argv[1:])\n"
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
+        "sys.exit(code)\n"
     )
-    _, status, usage = os.wait4(tool.pid, 0)
-    tool.returncode = os.waitstatus_to_exitcode(status)
-    assert tool.returncode == 0
-    return usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:

@@ -126,7 +126,29 @@ def test_memory_does_not_grow_with_the_length_of_a_document(documents: str, tmp_
         source.write_text(line * (size * 1_000_000 // len(line)))
         output = tmp_path / f"set{size}"
         peaks.append(peak_memory(source, "--output", output, "--documents", documents))
-    assert peaks[1] - peaks[0] < 30e6
+    assert peaks[1] - peaks[0] < 60e6
+
+
+def test_memory_of_a_tokenizer_does_not_grow_with_the_length_of_a_document(tmp_path: Path) -> None:
+    """Also for JSON lines, apart from the text itself and its tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=alphabet[0])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    peaks = []
+    for size in (2_000_000, 5_000_000):
+        text = "a line of text\n" * (size // 15)
+        (tmp_path / "in.txt").write_text(text)
+        for source in (tmp_path / "in.txt", write_jsonl(tmp_path / "in.jsonl", [text])):
+            flags = ("--tokenizer", tmp_path / "tokenizer", "--overwrite")
+            peaks.append(peak_memory(source, "--output", tmp_path / "set", *flags))
+    # Tokenized as a whole, the second text would take about 400 MB more than the first.
+    assert peaks[2] - peaks[0] < 60e6
+    assert peaks[3] - peaks[1] < 250e6
 
 
 def test_a_file_that_is_too_long_for_one_document_is_refused_before_it_is_read(

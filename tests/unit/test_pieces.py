@@ -77,7 +77,8 @@ def tokenizer(
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pieces, tokenizing):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
-        monkeypatch.setattr(module, "CONTEXT_BYTES", 400)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "CONTEXT_BYTES", 400)
     monkeypatch.setattr(pieces, "COMPARED_CHARACTERS", 25)
 
 
@@ -99,16 +100,20 @@ def as_a_whole(tokenizer: Tokenizer, text: bytes) -> list[int]:
     return list(tokenizer._loaded(text.decode())["input_ids"])
 
 
-MIXED = st.lists(
-    st.one_of(
-        st.integers(0, len(TEXT) - 3000).map(lambda at: TEXT[at : at + 900]),
-        st.sampled_from(WORDS.split()).map(lambda word: (word + " ") * 60),
-        st.text(max_size=80),
-        st.sampled_from(["\n\n\n", "\r\n", " " * 70, "\t\t"]),
-    ),
-    min_size=3,
-    max_size=12,
-).map(lambda parts: "".join(parts).encode("utf-8", "replace"))
+MIXED = (
+    st.lists(
+        st.one_of(
+            st.integers(0, len(TEXT) - 3000).map(lambda at: TEXT[at : at + 900]),
+            st.sampled_from(WORDS.split()).map(lambda word: (word + " ") * 60),
+            st.text(max_size=80),
+            st.sampled_from(["\n\n\n", "\r\n", " " * 70, "\t\t"]),
+        ),
+        min_size=3,
+        max_size=12,
+    )
+    .map(lambda parts: "".join(parts).encode("utf-8", "replace"))
+    .filter(bool)
+)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -236,6 +236,7 @@ def texts(path: Path, text_format: TextFormat) -> list[bytes]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20)
     monkeypatch.setattr(pieces, "CONTEXT_BYTES", 8)
 
 
@@ -275,15 +276,15 @@ def assert_cuts_agree(chunks: list[tuple[Piece, ...]]) -> None:
         piece, following = before[-1], after[0]
         assert (piece.after > 0) == (following.before > 0)
         if piece.after:
-            assert piece.after >= 8
+            assert piece.after >= 5
             assert following.before >= 8
             end = len(piece.content) - piece.after
             assert piece.content[:end].endswith(following.content[: following.before])
             assert following.own.startswith(piece.content[end:][: len(following.own)])
     for piece in itertools.chain.from_iterable(chunks):
         piece.content.decode()
-        # Context on both sides, the piece, and one more part.
-        assert len(piece.content) <= 11 + 20 + 16 + 20
+        # Context on both sides and the piece.
+        assert len(piece.content) <= 11 + 20 + 8
 
 
 ANY_JSON: st.SearchStrategy[Any] = st.recursive(

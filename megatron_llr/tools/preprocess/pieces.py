@@ -6,14 +6,18 @@ give the same tokens on both sides of the cut.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_llr.errors import input_error
 
 # Approximate size of the chunks sent to workers: large enough to make sending cheap, small enough
-# for several per worker in memory. A document with more bytes than this and the context is cut.
+# for several per worker in memory. A longer document is cut.
 CHUNK_BYTES = 1 << 20
+
+# Size of a piece without context. With the positions of its tokens it takes about 500 times as much
+# memory.
+PIECE_BYTES = 1 << 18
 
 # Context on each side of a cut in bytes, and the characters on each side whose tokens must be the
 # same in both pieces. These are at most 4 bytes each: the outer three quarters may differ.
@@ -47,25 +51,25 @@ class Piece(NamedTuple):
         return self.content[self.before : len(self.content) - self.after]
 
 
-def cut(line: int, parts: Iterator[bytes], longest: int, strip: bytes = b"") -> Iterator[Piece]:
+def cut(line: int, parts: Iterable[bytes], longest: int, strip: bytes = b"") -> Iterator[Piece]:
     """The pieces of one document; a single one if it is not long.
 
     Args:
         line: number of the first line of the document.
-        parts: the content, in order; at most `longest` bytes each.
-        longest: approximate size of a piece in bytes.
+        parts: the content, in order.
+        longest: a document of at most this many bytes is not cut.
         strip: bytes to remove from the end of the document.
     """
-    content, before = bytearray(), 0
+    content, before, long = bytearray(), 0, False
     for part in parts:
         content += part
-        while len(content) - before >= longest + 2 * CONTEXT_BYTES:
-            # The last character may be incomplete.
-            stop = _character_start(content, len(content) - 1)
+        long = long or len(content) > longest
+        while long and len(content) > before + PIECE_BYTES + CONTEXT_BYTES:
             # Tokens rarely cross the end of a line.
-            last = stop - CONTEXT_BYTES
+            last = before + PIECE_BYTES
             end = content.rfind(b"\n", last - CONTEXT_BYTES, last) + 1
             end = end or _character_start(content, last)
+            stop = _character_start(content, end + CONTEXT_BYTES)
             yield Piece(line, bytes(content[:stop]), before, stop - end)
             start = _character_start(content, end - CONTEXT_BYTES)
             line += content.count(b"\n", 0, start)

@@ -13,7 +13,6 @@ from megatron_llr.errors import input_error
 from megatron_llr.tools.preprocess.byte_level import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_llr.tools.preprocess.pieces import (
     CHUNK_BYTES,
-    CONTEXT_BYTES,
     EncodedPiece,
     Piece,
     check_cut,
@@ -165,14 +164,14 @@ class Tokenizer:
 
     def _encode_texts(self, path: str, texts: list[tuple[int, bytes]]) -> Iterator[list[int]]:
         """Ids of every text; a text that is too long for a chunk is tokenized in pieces."""
-        longest = CHUNK_BYTES + 2 * CONTEXT_BYTES if self.takes_pieces else sys.maxsize
-        whole = [_decode(path, line, text) for line, text in texts if len(text) < longest]
+        longest = CHUNK_BYTES if self.takes_pieces else sys.maxsize
+        whole = [_decode(path, line, text) for line, text in texts if len(text) <= longest]
         encoded: Iterator[list[int]] = iter(())
         if whole:
             flags = {"return_attention_mask": False, "return_token_type_ids": False}
             encoded = iter(self._loaded(whole, verbose=False, **flags)["input_ids"])
         for line, text in texts:
-            yield next(encoded) if len(text) < longest else self._encode_long(path, line, text)
+            yield next(encoded) if len(text) <= longest else self._encode_long(path, line, text)
 
     def _encode_long(self, path: str, line: int, text: bytes) -> list[int]:
         parts = (text[at : at + CHUNK_BYTES] for at in range(0, len(text), CHUNK_BYTES))
