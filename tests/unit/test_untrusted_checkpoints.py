@@ -240,6 +240,19 @@ def test_an_archive_cannot_be_compressed(tmp_path: Path) -> None:
         load_archive(file)
 
 
+def test_what_a_process_allows_stays_as_it_was(tmp_path: Path) -> None:
+    """Megatron's own loader needs what it allowed; a conversion adds nothing to it."""
+    (tmp_path / "common.pt").write_bytes(saved({"args": Namespace(num_layers=1)}))
+    for before in ([], [Namespace]):
+        with torch.serialization.safe_globals(before):
+            allowed = set(torch.serialization.get_safe_globals())
+            with FileSlice(
+                tmp_path / "common.pt", 0, (tmp_path / "common.pt").stat().st_size
+            ) as file:
+                assert load_archive(file)["args"].num_layers == 1
+            assert set(torch.serialization.get_safe_globals()) == allowed
+
+
 @pytest.mark.parametrize("change", ["size", "length", "gap"])
 def test_an_index_cannot_claim_more_than_its_files(
     change: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
