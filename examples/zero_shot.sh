@@ -12,6 +12,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-python}
+# shellcheck source=examples/common/usage.sh
 source "$HERE/common/usage.sh"
 if [[ ${1:-} == -* ]]; then
     show_usage "${BASH_SOURCE[0]}" -- "$1"

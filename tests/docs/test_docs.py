@@ -88,7 +88,8 @@ def launched(
         python.chmod(0o755)
         for name in packages:
             (Path(folder) / f"{name}.py").write_text("")
-        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }; srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }\n'
+        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }\n'
+        stub += 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }\n'
         stub += "scontrol() { echo h; }; export -f torchrun srun scontrol\n"
         environment = {"PATH": "/usr/bin:/bin", "REAL": sys.executable, "PYTHON": str(python)}
         environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "DATA": "d", "TOKENIZER": "t"}
