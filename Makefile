@@ -24,7 +24,8 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-cache
-	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh .ci/run
+	.venv/bin/shellcheck tools/*.sh examples/*.sh examples/*.sbatch examples/common/*.sh \
+		examples/container/*.sbatch .ci/run
 	.venv/bin/codespell
 	.venv/bin/codespell --dictionary .codespell-dictionary.txt $(PROSE)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Zero-shot accuracy of an exported model with EleutherAI's lm-eval, in transformers.
-#   examples/zero_shot.sh FOLDER [FLAGS OF LM_EVAL...]
+# Usage: examples/zero_shot.sh FOLDER [FLAGS OF LM_EVAL...]
 # FOLDER is the output of tools/convert_checkpoint.py, with its tokenizer. Needs the extra `eval`:
 # pip install 'megatron-llr[hf,eval]'.
+# Environment variables:
 #   TASKS    tasks, separated by commas (default: the seven of arXiv 2605.22297, downloaded by lm-eval)
 #   TASKS=local  one task that the script makes itself from Python's sources; needs no network
 #   OUT      folder of results and data   (FOLDER/zero_shot)
@@ -11,6 +12,11 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-python}
+# shellcheck source=examples/common/usage.sh
+source "$HERE/common/usage.sh"
+if [[ ${1:-} == -* ]]; then
+    show_usage "${BASH_SOURCE[0]}" -- "$1"
+fi
 
 FOLDER=${1:?FOLDER: a Hugging Face folder with weights and tokenizer}
 shift

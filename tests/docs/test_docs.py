@@ -46,7 +46,8 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
 # The others are those that train.
 SELF_TEST = ROOT / "examples" / "self_test.sbatch"
 ZERO_SHOT = ROOT / "examples" / "zero_shot.sh"
-SCRIPTS = sorted(set((ROOT / "examples").glob("*.s*")) - {SELF_TEST, ZERO_SHOT})
+CONTAINER = ROOT / "examples" / "container" / "llama_1b.sbatch"
+SCRIPTS = sorted({*(ROOT / "examples").glob("*.s*"), CONTAINER} - {SELF_TEST, ZERO_SHOT})
 GRIDS = sorted((ROOT / "examples").rglob("*.yaml"))
 # Sizes, steps and rates of arXiv 2605.22297: (blocks, hidden, ffn, heads, steps, lr, min lr).
 LLAMA = {
@@ -87,7 +88,8 @@ def launched(
         python.chmod(0o755)
         for name in packages:
             (Path(folder) / f"{name}.py").write_text("")
-        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }; srun() { "$@"; }\n'
+        stub = 'torchrun() { printf "ARG %s\\n" torchrun "$@"; }\n'
+        stub += 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }\n'
         stub += "scontrol() { echo h; }; export -f torchrun srun scontrol\n"
         environment = {"PATH": "/usr/bin:/bin", "REAL": sys.executable, "PYTHON": str(python)}
         environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "DATA": "d", "TOKENIZER": "t"}
@@ -168,7 +170,7 @@ def parsed_examples() -> dict[str, dict[str, object]]:
             ranks = nodes * int(after(words, "--nproc-per-node"))
             there = packages if script.stem.startswith("llama_") else None
             flags = words[words.index("pretrain_gpt_llr.py") + 1 :]
-            jobs[f"{script.name} {name}"] = (ranks, flags, there)
+            jobs[f"{script.relative_to(ROOT)} {name}"] = (ranks, flags, there)
     for name in ("llama_60m.sh", "llama_1b.sh"):
         done = launched(ROOT / "examples" / name, packages=PACKAGES["engine"], FP8="1")
         flags = printed_words(done)
@@ -196,7 +198,7 @@ def parsed_examples() -> dict[str, dict[str, object]]:
 def test_every_example_is_accepted_by_the_real_parser(
     script: Path, parsed_examples: dict[str, dict[str, object]]
 ) -> None:
-    args = parsed_examples[f"{script.name} all"]
+    args = parsed_examples[f"{script.relative_to(ROOT)} all"]
     assert args["llr_log_dir"] == "last"
     if script.stem.startswith("llama_"):
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads train_iters lr min_lr"
@@ -216,7 +218,9 @@ def test_examples_turn_off_what_the_installed_packages_cannot_run(
     fusions = "gradient_accumulation_fusion apply_rope_fusion masked_softmax_fusion".split()
     settings = ("transformer_impl", "no_persist_layer_norm", *fusions)
     chosen = {
-        packages: tuple(parsed_examples[f"{name} {packages}"][setting] for setting in settings)
+        packages: tuple(
+            parsed_examples[f"examples/{name} {packages}"][setting] for setting in settings
+        )
         for packages in PACKAGES
     }
     assert chosen["all"] == ("transformer_engine", False, True, True, True)
@@ -245,7 +249,7 @@ def test_examples_say_once_what_they_change() -> None:
     assert without.count("so the layers are Megatron's local ones, which are slower") == 1
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, SELF_TEST], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, SELF_TEST, ZERO_SHOT], ids=lambda path: path.name)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_example_prints_its_usage(script: Path, flag: str) -> None:
     done = launched(script, flag)
