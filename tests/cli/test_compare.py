@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from megatron_llr.telemetry.read_logs import rates_by_role
-from megatron_llr.tools.compare.planned_runs import measured_roles
+from megatron_llr.tools.compare.planning import measured_roles
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
