@@ -1,10 +1,11 @@
 """Output that is complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
+import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_llr.errors import input_error
@@ -65,6 +66,20 @@ def replaced_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     os.replace(partial, path)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file that is complete or absent.
+
+    Args:
+        path: the file; an existing one is replaced.
+        header: names of the columns.
+        rows: cells, None for an empty one.
+    """
+    with replaced_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from megatron_llr.telemetry.read_logs import rates_by_role
-from megatron_llr.tools.compare.planned_runs import measured_roles
+from megatron_llr.tools.compare.planning import measured_roles
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -113,7 +113,8 @@ def test_the_rate_of_each_role_is_scaled_around_the_control(tmp_path: Path) -> N
     assert "FLAGGED" not in output
     base = out / "uniform" / "iters-8" / "lr-0.001" / "seed-5"
     scaled = out / "sensitivity" / "k-0.5" / "uniform" / "iters-8" / "lr-0.001" / "seed-5"
-    roles = ["embedding", "head", "q", "k", "v", "o", "up", "down"]
+    # The head is tied to the embedding.
+    roles = ["embedding", "q", "k", "v", "o", "up", "down"]
     assert measured_roles(base) == roles
     by_folder = [rates_by_role(folder, "learning_rate") for folder in (base, scaled)]
     for role in roles:
@@ -132,6 +133,36 @@ def test_the_rate_of_each_role_is_scaled_around_the_control(tmp_path: Path) -> N
         (run,) = csv.DictReader(file)
     # Rate over norm: the rate is at most 1e-3, the norms of these matrices are 1 to 3.
     assert 1e-5 < float(run["effective_learning_rate"]) < 1e-3
+
+
+def test_the_study_of_lengths_runs_at_a_tiny_size(tmp_path: Path) -> None:
+    """examples/lr_over_tokens.yaml with other data, fewer updates and one rate."""
+    content = yaml.safe_load((ROOT / "examples" / "lr_over_tokens.yaml").read_text())
+    data = "--data-path runs/stdlib/data --split 98,2,0"
+    assert data in content["flags"]
+    content["flags"] = content["flags"].replace(data, "--mock-data --split 90,10,0")
+    content |= {"out": str(tmp_path / "out"), "iterations": [6, 12], "seeds": [1], "extend": False}
+    content["learning_rates"] = content["learning_rates"][:1]
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    tool = compare(path)
+    output, _ = tool.communicate(timeout=900)
+    assert tool.returncode == 0, output
+    assert "FLAGGED" not in output
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["tokens"] for row in rows] == [str(6 * 6 * 128), str(12 * 6 * 128)]
+    assert all(1e-6 < float(row["effective_learning_rate"]) < 1e-3 for row in rows)
+    tool = subprocess.run(
+        [sys.executable, "tools/extrapolate_lr.py", str(tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert tool.returncode == 1
+    assert "adamw has 2 numbers of tokens, 0 with an optimum" in tool.stderr
+    assert tool.stderr.count("\n") == 1
 
 
 def test_the_character_data_are_split_as_published(tmp_path: Path) -> None:

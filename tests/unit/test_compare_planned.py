@@ -16,7 +16,7 @@ import yaml
 
 from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.compare.jobs import _job_environment
-from megatron_llr.tools.compare.planned_runs import planned_runs, rate_search
+from megatron_llr.tools.compare.planning import planned_runs, rate_search
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--seq-length 16 --global-batch-size 4 --eval-iters 2"

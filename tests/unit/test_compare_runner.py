@@ -18,7 +18,7 @@ from megatron_llr.tools.compare.jobs import (
     _Job,
     _job_environment,
     _Outcome,
-    _start,
+    _start_job,
     _stop,
     pending,
     run_grid,
@@ -80,7 +80,7 @@ def test_a_folder_whose_job_still_runs_is_refused(tmp_path: Path) -> None:
     script.write_text("import time; time.sleep(60)")
     grid = grid_of(tmp_path / "out", script=str(script))
     run = grid.base_runs()[0]
-    job = _start(grid, run, 0, 1)
+    job = _start_job(grid, run, 0, 1)
     try:
         with pytest.raises(
             ValueError,

@@ -167,7 +167,7 @@ def _left_out(grid: Grid, cells: Sequence[Cell], policy: str, seeds: frozenset[i
     ]
 
 
-def _named(seeds: Collection[int]) -> str:
+def _seeds_text(seeds: Collection[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
 
 
@@ -191,9 +191,9 @@ def _notes(grid: Grid, cells: Sequence[Cell], pair: Pair, control: Pair | None) 
     if not pair.common:
         return [*notes, "no seed shared with the control"]
     if pair.common < cell.by_seed.keys() | other.by_seed.keys():
-        notes.append(f"compared only on {_named(pair.common)}")
+        notes.append(f"compared only on {_seeds_text(pair.common)}")
     if pair.chosen_on < pair.common:
-        notes.append(f"rates chosen only on {_named(pair.chosen_on)}")
+        notes.append(f"rates chosen only on {_seeds_text(pair.chosen_on)}")
     if other.learning_rate != control.ours.learning_rate:
         notes.append(f"compared with the control at {other.learning_rate:g}")
     return notes

@@ -12,15 +12,6 @@ from megatron_llr.tools.compare.results import Result
 _SAME_START = 1e-5
 
 
-def _flag_lines(grid: Grid) -> list[str]:
-    control = grid.policies[grid.control]
-    return [
-        f"{policy} differs from {grid.control} in {', '.join(differing)}"
-        for policy, words in grid.policies.items()
-        if (differing := beyond_policy([*grid.flags, *words], [*grid.flags, *control]))
-    ]
-
-
 def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
     """Runs of one seed start with the same batch and weights, hence with the same loss."""
     lines = []
@@ -40,29 +31,29 @@ def _start_lines(grid: Grid, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _evaluation_lines(results: Sequence[Result]) -> list[str]:
-    """Finished runs are evaluated at the same updates."""
-    finished = [result for result in results if not result.diverged]
-    points = {tuple(iteration for iteration, _ in result.curve) for result in finished}
-    if len(points) <= 1:
-        return []
-    return [f"runs are evaluated at different updates: {sorted(points, key=len)[0]} and others"]
+def flagged(grid: Grid, results: Sequence[Result]) -> list[str]:
+    """One line per difference between runs other than policy, rate and seed.
 
-
-def _environment_lines(results: Sequence[Result]) -> list[str]:
-    lines = []
+    Args:
+        grid: the grid.
+        results: of one training length.
+    """
+    control = grid.policies[grid.control]
+    lines = [
+        f"{policy} differs from {grid.control} in {', '.join(differing)}"
+        for policy, words in grid.policies.items()
+        if (differing := beyond_policy([*grid.flags, *words], [*grid.flags, *control]))
+    ]
+    lines += _start_lines(grid, results)
+    points = {
+        tuple(iteration for iteration, _ in result.curve)
+        for result in results
+        if not result.diverged
+    }
+    if len(points) > 1:
+        lines.append(f"runs are evaluated at different updates: {min(points, key=len)} and others")
     for name in sorted({name for result in results for name in result.environment}):
         values = sorted({result.environment.get(name, "none") for result in results})
         if len(values) > 1:
             lines.append(f"runs used different {name}: {', '.join(values)}")
     return lines
-
-
-def flagged(grid: Grid, results: Sequence[Result]) -> list[str]:
-    """One line per difference between runs other than policy, rate and seed."""
-    return [
-        *_flag_lines(grid),
-        *_start_lines(grid, results),
-        *_evaluation_lines(results),
-        *_environment_lines(results),
-    ]

@@ -26,7 +26,7 @@ class Effect:
     against: str
 
 
-def _kind(words: Sequence[str]) -> str:
+def _policy_kind(words: Sequence[str]) -> str:
     return value_of(words, "--llr-policy") or "esd"
 
 
@@ -34,13 +34,13 @@ def _embedding(words: Sequence[str]) -> str:
     return value_of(words, "--llr-embedding") or "max"
 
 
-def _embedding_only(name: str, policies: Policies, shared: Sequence[str]) -> str | None:
+def _embedding_control(name: str, policies: Policies, shared: Sequence[str]) -> str | None:
     """The policy that has the embedding rate of `name` and 1 elsewhere, if there is one."""
     flags = [*shared, *policies[name]]
     for other, words in policies.items():
         other_flags = [*shared, *words]
         if (
-            _kind(other_flags) == "embedding-only"
+            _policy_kind(other_flags) == "embedding-only"
             and _embedding(other_flags) == _embedding(flags)
             and value_of(other_flags, "--llr-max-multiplier")
             == value_of(flags, "--llr-max-multiplier")
@@ -49,11 +49,23 @@ def _embedding_only(name: str, policies: Policies, shared: Sequence[str]) -> str
     return None
 
 
-def _has_shape_control(flags: Sequence[str]) -> bool:
-    """Whether `shape` allows the estimator and the spectrum of a policy."""
-    return (value_of(flags, "--llr-estimator") or "hill_median") == "hill_median" and (
-        value_of(flags, "--llr-spectrum") or "exact"
-    ) == "exact"
+def _counterparts_of(name: str, policies: Policies, shared: Sequence[str]) -> Policies:
+    """Name -> flags of all counterparts that an esd policy should have."""
+    words, flags = policies[name], [*shared, *policies[name]]
+    mean_1 = () if _MEAN_1 in flags else (_MEAN_1,)
+    kinds = ["random", "inverse", "shape", "role-mean"]
+    estimator, spectrum = (value_of(flags, f"--llr-{of}") for of in ("estimator", "spectrum"))
+    if estimator not in (None, "hill_median") or spectrum not in (None, "exact"):
+        # `shape` has no exponents for these.
+        kinds.remove("shape")
+    wanted = {f"{name}-{kind}": (*words, *mean_1, "--llr-policy", kind) for kind in kinds}
+    if mean_1:
+        wanted = {f"{name}-mean1": (*words, _MEAN_1), **wanted}
+    if _embedding(flags) not in ("one", "measured") and not _embedding_control(
+        name, policies, shared
+    ):
+        wanted[f"{name}-embedding-only"] = (*words, "--llr-policy", "embedding-only")
+    return wanted
 
 
 def with_counterparts(
@@ -78,19 +90,13 @@ def with_counterparts(
     completed = dict(policies)
     for name, words in policies.items():
         flags = [*shared, *words]
-        if name == control or _kind(flags) != "esd" or value_of(flags, "--llr-inverse") is not None:
-            continue
-        mean_1 = () if _MEAN_1 in flags else (_MEAN_1,)
-        kinds = ["random", "inverse", "shape", "role-mean"]
-        if not _has_shape_control(flags):
-            kinds.remove("shape")
-        wanted = {f"{name}-{kind}": (*words, *mean_1, "--llr-policy", kind) for kind in kinds}
-        if mean_1:
-            wanted = {f"{name}-mean1": (*words, _MEAN_1), **wanted}
-        if _embedding(flags) not in ("one", "measured") and not _embedding_only(
-            name, completed, shared
+        if (
+            name == control
+            or _policy_kind(flags) != "esd"
+            or value_of(flags, "--llr-inverse") is not None
         ):
-            wanted[f"{name}-embedding-only"] = (*words, "--llr-policy", "embedding-only")
+            continue
+        wanted = _counterparts_of(name, completed, shared)
         for other, counterpart in wanted.items():
             mine = policies.get(other, counterpart)
             if values_by_flag([*shared, *mine]) != values_by_flag([*shared, *counterpart]):
@@ -128,10 +134,10 @@ def effects(policies: Policies, shared: Sequence[str], control: str) -> list[Eff
     """The differences that separate the effects, for every esd policy with counterparts."""
     available = []
     for name, words in policies.items():
-        if name == control or _kind([*shared, *words]) != "esd":
+        if name == control or _policy_kind([*shared, *words]) != "esd":
             continue
         ordered = f"{name}-mean1" if f"{name}-mean1" in policies else name
-        only = _embedding_only(name, policies, shared)
+        only = _embedding_control(name, policies, shared)
         wanted = [
             Effect("all together", name, control),
             Effect("the embedding's rate", only or "", control),

@@ -7,7 +7,7 @@ from megatron_llr.matrices.ids import EMBEDDING_IDS, ROUTER
 from megatron_llr.telemetry.read_logs import rates_by_role
 
 
-def effective_rate(folder: Path) -> float | None:
+def effective_rate_of(folder: Path) -> float | None:
     """Mean effective learning rate of a run's matrices; None if the run logged none.
 
     The effective rate of a matrix at an update is its learning rate, multiplier included, over the

@@ -104,6 +104,15 @@ class _File:
             raise self.refused(f"{key}: {value!r}", "a number there, 0 or more")
         return number
 
+    def whole(self, key: str, *, least: int) -> int:
+        """A whole number."""
+        number = self.number(key, least)
+        if number != int(number) or number < least:
+            raise self.refused(
+                f"{key}: {self.values[key]!r}", f"a whole number there, {least} or more"
+            )
+        return int(number)
+
 
 def read_grid(path: Path, out: Path | None = None) -> Grid:
     """Read and check a grid.
@@ -126,6 +135,8 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
     control = str(given.get("control", "uniform"))
     policies = _policies(file, flags, control)
     launch = file.words(given.get("launch"), "launch")
+    extend = given.get("extend", False)
+    extend = _ADDED_RATES * extend if isinstance(extend, bool) else file.whole("extend", least=0)
     return Grid(
         out=out or Path(str(given["out"])).expanduser(),
         flags=flags,
@@ -138,8 +149,8 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         launch=launch,
         script=str(given.get("script", SCRIPT)),
         gpus_per_run=_gpus_per_run(file, launch),
-        extend=_extend(file),
-        sensitivity=_sensitivity(file, policies, control),
+        extend=extend,
+        sensitivity=_sweep(file, policies, control),
     )
 
 
@@ -229,10 +240,7 @@ def _gpus_per_run(file: _File, launch: Sequence[str]) -> Fraction:
     if "jobs_per_gpu" in file.values:
         if "gpus_per_run" in file.values:
             raise file.refused("gpus_per_run and jobs_per_gpu", "one of the two")
-        sharing = file.number("jobs_per_gpu", 1)
-        if not (sharing == int(sharing) and sharing >= 1):
-            raise file.refused(f"jobs_per_gpu: {sharing:g}", "a whole number there, 1 or more")
-        gpus = Fraction(1, int(sharing))
+        gpus = Fraction(1, file.whole("jobs_per_gpu", least=1))
     else:
         exact = file.number("gpus_per_run", 1)
         sharing = 1 / exact if 0 < exact < 1 else 1
@@ -255,17 +263,7 @@ def _gpus_per_run(file: _File, launch: Sequence[str]) -> Fraction:
     return gpus
 
 
-def _extend(file: _File) -> int:
-    value = file.values.get("extend", False)
-    if isinstance(value, bool):
-        return _ADDED_RATES if value else 0
-    number = file.number("extend", 0)
-    if number != int(number):
-        raise file.refused(f"extend: {value!r}", "true, false or a whole number there")
-    return int(number)
-
-
-def _sensitivity(
+def _sweep(
     file: _File, policies: Mapping[str, tuple[str, ...]], control: str
 ) -> Sensitivity | None:
     """The sweep: a list of factors, or a mapping with factors, policy and roles."""

@@ -19,7 +19,7 @@ from megatron_llr.errors import input_error
 from megatron_llr.tools.compare.command_flags import value_of, values_by_flag
 from megatron_llr.tools.compare.gpus import gpus_of
 from megatron_llr.tools.compare.grid import SCRIPT, Grid, Run
-from megatron_llr.tools.compare.planned_runs import planned_runs
+from megatron_llr.tools.compare.planning import planned_runs
 from megatron_llr.tools.compare.results import DONE, losses, read_done, write_done
 from megatron_llr.version import __version__
 
@@ -167,7 +167,7 @@ def _prepare_folder(run: Run) -> None:
     begun.write_text(run.digest, encoding="utf-8")
 
 
-def _start(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
+def _start_job(grid: Grid, run: Run, slot: int, jobs: int) -> _Job:
     _prepare_folder(run)
     with (run.folder / "log.txt").open("ab") as log:
         _lock(log)
@@ -200,16 +200,6 @@ class _Outcome:
     done: bool
 
 
-def _ended_early(run: Run, reached: int) -> str:
-    """Message for exit code 0 before the last update: --exit-interval, a time limit, a signal."""
-    saved = (run.folder / "checkpoint").exists()
-    next_call = "resumes its checkpoint" if saved else "restarts it (no --save-interval)"
-    return (
-        f"NOT DONE, exited with code 0, last evaluated at update {reached} of {run.iterations}: "
-        f"see {run.folder}/log.txt; the next call {next_call}"
-    )
-
-
 def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
     """Record a job that ended, if it reached its last update or a loss that is not finite."""
     seconds = time.monotonic() - job.started
@@ -220,7 +210,14 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
     if not died_of_nan:
         reached = curve[-1][0] if curve else 0
         if code == 0 and reached < job.run.iterations:
-            return _Outcome(_ended_early(job.run, reached), done=False)
+            # --exit-interval, a time limit, a signal.
+            saved = (job.run.folder / "checkpoint").exists()
+            next_call = "resumes its checkpoint" if saved else "restarts it (no --save-interval)"
+            text = (
+                f"NOT DONE, exited with code 0, last evaluated at update {reached} of "
+                f"{job.run.iterations}: see {job.run.folder}/log.txt; the next call {next_call}"
+            )
+            return _Outcome(text, done=False)
         if code != 0:
             return _Outcome(f"FAILED with code {code}: see {job.run.folder}/log.txt", done=False)
     write_done(
@@ -232,6 +229,35 @@ def _finish(grid: Grid, job: _Job, versions: dict[str, str]) -> _Outcome:
     )
     result = "diverged" if died_of_nan else f"validation {curve[-1][1]:.4f}"
     return _Outcome(f"{result} ({seconds:.0f} s)", done=True)
+
+
+@dataclass
+class _Progress:
+    """Counts runs and estimates the time left.
+
+    Attributes:
+        total: runs of the grid that are known so far.
+        waiting: those that this call runs.
+        done: those of them that ended.
+        begun: time of the first start.
+    """
+
+    total: int
+    waiting: int
+    done: int
+    begun: float
+
+    def add(self, count: int) -> None:
+        """Take in runs that follow from results."""
+        self.waiting += count
+        self.total += count
+
+    def ended(self, run: Run, outcome: str) -> str:
+        """Count a run that ended; returns its line."""
+        self.done += 1
+        rest = (time.monotonic() - self.begun) / self.done * (self.waiting - self.done) / 60
+        number = self.total - self.waiting + self.done
+        return f"[{number}/{self.total}] {run}: {outcome}; about {rest:.0f} min left"
 
 
 def run_grid(
@@ -252,43 +278,35 @@ def run_grid(
         rerun_changed: as for `pending`.
 
     Returns:
-        The runs that failed or ended before their last update with a finite loss. They are not
-        recorded as done, and the next call runs them again.
+        The runs that did not reach their last update; the next call runs them again.
 
     Raises:
         ValueError: before any job starts, if there are too few GPUs for `jobs`.
     """
     if jobs > 1:
         gpus_of(0, jobs, grid.gpus_per_run)
-    total, versions = len(planned_runs(grid)), environment(grid)
-    begun, left = time.monotonic(), list(waiting)
-    known, done = len(left), 0
+    left, versions = list(waiting), environment(grid)
+    progress = _Progress(len(planned_runs(grid)), len(left), 0, time.monotonic())
     started: set[Path] = set()
     failed: list[Run] = []
     active: list[_Job] = []
-    if known < total:
-        say(f"{total - known} of {total} runs are already done")
+    if already := progress.total - len(left):
+        say(f"{already} of {progress.total} runs are already done")
     try:
         while left or active:
             while left and len(active) < jobs:
                 slot = min(set(range(jobs)) - {job.slot for job in active})
-                active.append(_start(grid, left.pop(0), slot, jobs))
+                active.append(_start_job(grid, left.pop(0), slot, jobs))
                 started.add(active[-1].run.folder)
             time.sleep(_POLL_SECONDS)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
-                done += 1
                 outcome = _finish(grid, job, versions)
-                if not outcome.done:
-                    failed.append(job.run)
+                failed += [] if outcome.done else [job.run]
                 if not left:
                     left = pending(grid, rerun_changed=rerun_changed, started=started)
-                    known, total = known + len(left), total + len(left)
-                rest = (time.monotonic() - begun) / done * (known - done) / 60
-                say(
-                    f"[{total - known + done}/{total}] {job.run}: {outcome.text}; "
-                    f"about {rest:.0f} min left"
-                )
+                    progress.add(len(left))
+                say(progress.ended(job.run, outcome.text))
     finally:
         _stop(active)
     return failed

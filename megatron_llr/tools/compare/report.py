@@ -1,11 +1,9 @@
 """The report of a grid: a text table, CSV files and figures."""
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from megatron_llr.output import replaced_file
+from megatron_llr.output import replaced_file, write_csv
 from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.compare import figures
 from megatron_llr.tools.compare.aggregate import (
@@ -17,9 +15,9 @@ from megatron_llr.tools.compare.aggregate import (
     summaries_of,
 )
 from megatron_llr.tools.compare.checks import flagged
-from megatron_llr.tools.compare.effective_rate import effective_rate
+from megatron_llr.tools.compare.effective_rate import effective_rate_of
 from megatron_llr.tools.compare.grid import Grid
-from megatron_llr.tools.compare.planned_runs import planned_runs
+from megatron_llr.tools.compare.planning import planned_runs
 from megatron_llr.tools.compare.results import Result, read_result
 from megatron_llr.tools.compare.sensitivity import RoleSensitivity, role_sensitivities
 from megatron_llr.tools.compare.statistics import Difference, Mean
@@ -31,20 +29,20 @@ _TABLE_FIELDS = (
 ).split()
 
 
-def _mean(mean: Mean) -> str:
+def _mean_text(mean: Mean) -> str:
     if not math.isfinite(mean.value):
         return "diverged"
     return f"{mean.value:.4f}" + (f" ± {mean.error:.4f}" if math.isfinite(mean.error) else "")
 
 
-def _difference(of: Difference | None) -> str:
+def _difference_text(of: Difference | None) -> str:
     if of is None or not math.isfinite(of.value):
         return "-"
     interval = f" [{of.low:+.4f}, {of.high:+.4f}]" if math.isfinite(of.low) else ""
     return f"{of.value:+.4f}{interval}"
 
 
-def _policy_table(grid: Grid, summaries: Sequence[PolicySummary]) -> str:
+def _summary_table(grid: Grid, summaries: Sequence[PolicySummary]) -> str:
     header = [*"policy,best lr,final loss,best loss,to control [95 %]".split(",")]
     header += ["M tokens to its loss", "speedup", "notes"]
     lines = []
@@ -56,25 +54,15 @@ def _policy_table(grid: Grid, summaries: Sequence[PolicySummary]) -> str:
             (
                 cell.policy + (" (control)" if cell.policy == grid.control else ""),
                 f"{cell.learning_rate:g}",
-                _mean(cell.final),
-                _mean(cell.best),
-                _difference(summary.difference),
+                _mean_text(cell.final),
+                _mean_text(cell.best),
+                _difference_text(summary.difference),
                 reached,
                 speedup,
                 "; ".join(summary.notes),
             )
         )
     return text_table(header, lines)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with (
-        replaced_file(path) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _write_runs(grid: Grid, results: Sequence[Result]) -> None:
@@ -85,7 +73,7 @@ def _write_runs(grid: Grid, results: Sequence[Result]) -> None:
         tokens = run.iterations * grid.tokens_per_iteration
         return (run.policy, run.learning_rate, run.seed, run.iterations, tokens)
 
-    _write_csv(
+    write_csv(
         grid.out / "runs.csv",
         [
             *_RUN_FIELDS,
@@ -99,12 +87,12 @@ def _write_runs(grid: Grid, results: Sequence[Result]) -> None:
                 result.diverged,
                 result.first_loss,
                 result.seconds,
-                effective_rate(result.run.folder),
+                effective_rate_of(result.run.folder),
             )
             for result in results
         ),
     )
-    _write_csv(
+    write_csv(
         grid.out / "curves.csv",
         [*_RUN_FIELDS[:4], "iteration", "tokens", "validation_loss"],
         (
@@ -115,26 +103,16 @@ def _write_runs(grid: Grid, results: Sequence[Result]) -> None:
     )
 
 
-def _csv_line(grid: Grid, summary: PolicySummary) -> Sequence[object]:
-    cell, of = summary.cell, summary.difference
-    iterations = cell.results[0].run.iterations
-    interval = (of.value, of.low, of.high, of.paired) if of else ("",) * 4
-    losses = (cell.final.value, cell.final.error, cell.best.value, cell.best.error)
-    head = (cell.policy, iterations, iterations * grid.tokens_per_iteration, cell.learning_rate)
-    rest = (summary.tokens, summary.speedup, "; ".join(summary.notes))
-    return (*head, *losses, cell.final.count, *interval, *rest)
-
-
 def _section(grid: Grid, results: Sequence[Result], summaries: Sequence[PolicySummary]) -> str:
     """The tables and warnings of one training length."""
     parts = []
     if summaries:
-        parts.append(_policy_table(grid, summaries))
+        parts.append(_summary_table(grid, summaries))
     if edge := not_bracketed(cells_of(grid, results), summaries):
         added = f", after up to {grid.extend} added rates" if grid.extend else ""
         parts.append(f"best rate not bracketed by those tried{added}: {', '.join(edge)}")
     if effects := effect_differences(grid, results):
-        lines = [(e.meaning, f"{e.policy} - {e.against}", _difference(d)) for e, d in effects]
+        lines = [(e.meaning, f"{e.policy} - {e.against}", _difference_text(d)) for e, d in effects]
         parts.append(text_table(("effect", "difference of final losses", "[95 %]"), lines))
     if resolution := resolution_of(summaries):
         parts.append(
@@ -157,7 +135,7 @@ def _sensitivity_section(grid: Grid, roles: Sequence[RoleSensitivity]) -> str:
     def cells(of: Difference | None) -> tuple[object, ...]:
         return ("",) * 3 if of is None else (of.value, of.low, of.high)
 
-    _write_csv(
+    write_csv(
         grid.out / "sensitivity.csv",
         [
             *("role", "seeds", "slope", "slope_low", "slope_high"),
@@ -174,7 +152,11 @@ def _sensitivity_section(grid: Grid, roles: Sequence[RoleSensitivity]) -> str:
     figures.sensitivities(roles, grid.out / "sensitivity.png")
     header = ["role", "d loss / d ln rate [95 %]", *(f"rate x {f:g} [95 %]" for f in factors)]
     lines = [
-        (each.role, _difference(each.slope), *(_difference(each.changes.get(f)) for f in factors))
+        (
+            each.role,
+            _difference_text(each.slope),
+            *(_difference_text(each.changes.get(f)) for f in factors),
+        )
         for each in roles
     ]
     title = f"sensitivity to the rate of each role, around {grid.sensitivity.policy}:"
@@ -192,14 +174,19 @@ def write_report(grid: Grid) -> str:
     results = [result for result in finished if not result.run.role]
     parts = [f"{len(finished)} of {len(runs)} runs done; loss: validation, mean ± standard error"]
     grid.out.mkdir(parents=True, exist_ok=True)
-    table = []
+    table: list[tuple[object, ...]] = []
     for iterations in grid.iterations:
         mine = [result for result in results if result.run.iterations == iterations]
         summaries = summaries_of(grid, mine)
-        table += [_csv_line(grid, summary) for summary in summaries]
-        several = len(grid.iterations) > 1
+        tokens, several = iterations * grid.tokens_per_iteration, len(grid.iterations) > 1
+        for summary in summaries:
+            cell, of = summary.cell, summary.difference
+            losses = (cell.final.value, cell.final.error, cell.best.value, cell.best.error)
+            interval = (of.value, of.low, of.high, of.paired) if of else ("",) * 4
+            head = (cell.policy, iterations, tokens, cell.learning_rate)
+            rest = (summary.tokens, summary.speedup, "; ".join(summary.notes))
+            table.append((*head, *losses, cell.final.count, *interval, *rest))
         if several:
-            tokens = iterations * grid.tokens_per_iteration
             parts.append(f"{iterations} updates, {tokens / 1e6:.4g}M tokens:")
         parts.append(_section(grid, mine, summaries))
         if summaries:
@@ -212,7 +199,7 @@ def write_report(grid: Grid) -> str:
     if roles := role_sensitivities(grid, finished):
         parts.append(_sensitivity_section(grid, roles))
     _write_runs(grid, results)
-    _write_csv(grid.out / "table.csv", _TABLE_FIELDS, table)
+    write_csv(grid.out / "table.csv", _TABLE_FIELDS, table)
     text = "\n\n".join(part for part in parts if part)
     with replaced_file(grid.out / "table.txt") as partial:
         partial.write_text(text + "\n", encoding="utf-8")

@@ -10,9 +10,9 @@ from scipy import stats
 
 from megatron_llr.errors import input_error
 from megatron_llr.tools.extrapolate_lr.fits import (
-    Curve,
     Estimate,
     LinearFit,
+    PolynomialFit,
     fit_curve,
     fit_linear,
 )
@@ -68,7 +68,7 @@ class FittedCurve:
     """
 
     variable: Variable
-    curve: Curve
+    curve: PolynomialFit
     held_out: HeldOut | None
     prediction: Estimate | None
     as_rate: Estimate | None
@@ -149,7 +149,7 @@ def extrapolate(series: Series, window: float, target: float | None) -> Extrapol
                 tokens,
                 parabola,
                 parabola.error(variance),
-                _exponential(Estimate(parabola.minimum, *parabola.interval(variance, quantile))),
+                _rate_of(Estimate(parabola.minimum, *parabola.interval(variance, quantile))),
             )
             for tokens, parabola in parabolas.items()
         )
@@ -163,11 +163,11 @@ def extrapolate(series: Series, window: float, target: float | None) -> Extrapol
     return Extrapolation(series, tuple(optima), points, tuple(fitted))
 
 
-def _exponential(log: Estimate) -> Estimate:
+def _rate_of(log: Estimate) -> Estimate:
     return Estimate(*(math.exp(v) if v < 700 else math.inf for v in (log.value, log.low, log.high)))
 
 
-def _curve_through(points: Sequence[Point], freedom: int, degree: int) -> Curve | None:
+def _curve_through(points: Sequence[Point], freedom: int, degree: int) -> PolynomialFit | None:
     logs = [point.parabola.minimum for point in points]
     errors = [point.error for point in points]
     return fit_curve([point.tokens for point in points], logs, errors, freedom, degree)
@@ -226,10 +226,10 @@ def _fitted(
     prediction = as_rate = None
     if target is not None:
         log = curve.at(target)
-        prediction, convert = _exponential(log), _conversion(variable, runs)
+        prediction, convert = _rate_of(log), _conversion(variable, runs)
         if convert is not None:
             ends = (convert(value, target) for value in (log.value, log.low, log.high))
-            as_rate = _exponential(Estimate(*ends))
+            as_rate = _rate_of(Estimate(*ends))
     return FittedCurve(variable, curve, held_out, prediction, as_rate)
 
 

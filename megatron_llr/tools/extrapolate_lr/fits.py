@@ -85,7 +85,7 @@ def fit_linear(
 
 
 @dataclass(frozen=True)
-class Curve:
+class PolynomialFit:
     """A polynomial of ln rate in ln D.
 
     Attributes:
@@ -120,7 +120,7 @@ def fit_curve(
     errors: Sequence[float],
     error_freedom: int,
     degree: int,
-) -> Curve | None:
+) -> PolynomialFit | None:
     """Fit a polynomial of ln rate in ln D; None with fewer points than coefficients.
 
     Args:
@@ -133,4 +133,4 @@ def fit_curve(
     center = math.fsum(map(math.log, tokens)) / len(tokens)
     t = np.log(np.asarray(tokens, dtype=float)) - center
     fit = fit_linear(np.vander(t, degree + 1, increasing=True), logs, errors, error_freedom)
-    return None if fit is None else Curve(degree, fit, center)
+    return None if fit is None else PolynomialFit(degree, fit, center)

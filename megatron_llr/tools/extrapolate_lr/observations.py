@@ -61,7 +61,7 @@ class Series:
         return ", ".join(parts) or "all runs"
 
 
-def _number(row: Mapping[str, str], column: str, place: str, *, finite: bool = True) -> float:
+def _cell_number(row: Mapping[str, str], column: str, place: str, *, finite: bool = True) -> float:
     text = (row.get(column) or "").strip()
     try:
         value = float(text)
@@ -77,7 +77,7 @@ def _number(row: Mapping[str, str], column: str, place: str, *, finite: bool = T
 
 
 def _optional(row: Mapping[str, str], column: str, place: str) -> float | None:
-    return _number(row, column, place) if (row.get(column) or "").strip() else None
+    return _cell_number(row, column, place) if (row.get(column) or "").strip() else None
 
 
 def _table(path: Path, names: Mapping[str, str]) -> tuple[Path, Mapping[str, str]]:
@@ -115,9 +115,9 @@ def _read(path: Path, names: Mapping[str, str]) -> dict[tuple[object, ...], list
                 )
                 by_series[key].append(
                     Observation(
-                        rate=_number(row, names["lr"], place),
-                        tokens=_number(row, names["tokens"], place),
-                        loss=_number(row, names["loss"], place, finite=False),
+                        rate=_cell_number(row, names["lr"], place),
+                        tokens=_cell_number(row, names["tokens"], place),
+                        loss=_cell_number(row, names["loss"], place, finite=False),
                         effective=_optional(row, names["effective_lr"], place),
                         seed=(row.get(names["seed"]) or "").strip(),
                     )

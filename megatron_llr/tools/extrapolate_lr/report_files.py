@@ -1,13 +1,12 @@
 """The output of an extrapolation: a text table, CSV files and one figure."""
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_llr.output import replaced_file
+from megatron_llr.output import replaced_file, write_csv
 from megatron_llr.telemetry.plots import pyplot
 from megatron_llr.telemetry.tables import text_table
 from megatron_llr.tools.extrapolate_lr.analysis import (
@@ -84,17 +83,7 @@ def report_text(results: Sequence[Extrapolation], target: float | None) -> str:
     return "\n\n".join(parts)
 
 
-def _write_csv(path: Path, header: str, rows: Iterable[Sequence[object]]) -> None:
-    with (
-        replaced_file(path) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header.split())
-        writer.writerows(rows)
-
-
-def _cells(estimate: Estimate | None) -> tuple[object, ...]:
+def _interval_cells(estimate: Estimate | None) -> tuple[object, ...]:
     return ("",) * 3 if estimate is None else (estimate.value, estimate.low, estimate.high)
 
 
@@ -107,30 +96,36 @@ def write_files(
     def key(result: Extrapolation) -> tuple[object, ...]:
         return (result.series.policy, result.series.params, result.series.batch)
 
-    _write_csv(
+    write_csv(
         folder / "optima.csv",
-        "policy params batch variable tokens optimum low high curvature loss",
+        "policy params batch variable tokens optimum low high curvature loss".split(),
         (
             (
                 *(*key(result), variable, point.tokens),
-                *(*_cells(point.estimate), point.parabola.curvature, point.parabola.height),
+                *(
+                    *_interval_cells(point.estimate),
+                    point.parabola.curvature,
+                    point.parabola.height,
+                ),
             )
             for result in results
             for variable in VARIABLES
             for point in result.points[variable]
         ),
     )
-    _write_csv(
+    write_csv(
         folder / "fits.csv",
-        "policy params batch variable model exponent exponent_low exponent_high curvature "
-        "curvature_low curvature_high held_out_ratio held_out_rate_ratio held_out_excess_loss "
-        "target_tokens prediction prediction_low prediction_high rate rate_low rate_high",
+        (
+            "policy params batch variable model exponent exponent_low exponent_high curvature "
+            "curvature_low curvature_high held_out_ratio held_out_rate_ratio held_out_excess_loss "
+            "target_tokens prediction prediction_low prediction_high rate rate_low rate_high"
+        ).split(),
         (
             (
                 *(*key(result), fit.variable, fit.name),
-                *(*_cells(fit.curve.exponent), *_cells(fit.curve.curvature)),
+                *(*_interval_cells(fit.curve.exponent), *_interval_cells(fit.curve.curvature)),
                 *((held.ratio, held.rate_ratio, held.excess_loss) if held else ("",) * 3),
-                *(target, *_cells(fit.prediction), *_cells(fit.as_rate)),
+                *(target, *_interval_cells(fit.prediction), *_interval_cells(fit.as_rate)),
             )
             for result in results
             for fit in result.fitted
