@@ -54,8 +54,8 @@ def anonymous_memory(status: Iterable[str]) -> int:
     return next((int(line.split()[1]) * 1024 for line in status if "RssAnon" in line), 0)
 
 
-def convert(*arguments: object) -> tuple[float, int]:
-    """Run the tool; returns seconds, and its peak memory in bytes."""
+def run_converter(*arguments: object) -> tuple[float, int]:
+    """Run the tool; returns its seconds and its peak memory in bytes."""
     command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), *map(str, arguments)]
     begin, peak = time.perf_counter(), 0
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
@@ -68,7 +68,7 @@ def convert(*arguments: object) -> tuple[float, int]:
 
 
 def idle_memory() -> int:
-    """What the tool's imports alone take, in bytes."""
+    """Bytes that the tool takes after its imports, before any work."""
     code = (
         "import megatron_llr.tools.convert.to_hugging_face, megatron_llr.megatron.model_chunks\n"
         "import transformers, tqdm\n"
@@ -99,11 +99,11 @@ def main() -> None:
         layers = max(1, round((args.gigabytes * 1e9 - 4 * 32000 * 4096) / layer))
         size = write_model(work / "hf", layers)
         imports = idle_memory()
-        print(f"model {size / 1e9:.2f} GB, {layers} layers; imports alone {imports / 1e6:.0f} MB")
+        print(f"model {size / 1e9:.2f} GB, {layers} layers; imports {imports / 1e6:.0f} MB")
         ways = (("hf", "megatron"), ("megatron", "back"))
         for source, target in ways:
             more = ("--shard-size", args.shard_size) if target == "back" else ()
-            seconds, peak = convert(work / source, work / target, *more)
+            seconds, peak = run_converter(work / source, work / target, *more)
             print(
                 f"{source:>8} -> {target:8} {seconds:6.1f} s  peak {peak / 1e6:6.0f} MB "
                 f"({(peak - imports) / size:.1%} of the model, without imports)"

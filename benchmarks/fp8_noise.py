@@ -26,7 +26,7 @@ def _round(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (values * scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() / scale
 
 
-def delayed(weight: torch.Tensor) -> torch.Tensor:
+def round_delayed(weight: torch.Tensor) -> torch.Tensor:
     """One scale for the tensor."""
     return _round(weight, E4M3_MAX / weight.abs().max())
 
@@ -39,14 +39,14 @@ def _blocks(weight: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor
     return padded.view(shape), (height, width)
 
 
-def blockwise(weight: torch.Tensor) -> torch.Tensor:
+def round_blockwise(weight: torch.Tensor) -> torch.Tensor:
     """A scale for every 128 x 128 block."""
     blocks, (height, width) = _blocks(weight, 128, 128)
     largest = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(1e-30)
     return _round(blocks, E4M3_MAX / largest).flatten(2).flatten(0, 1)[:height, :width]
 
 
-def mxfp8(weight: torch.Tensor) -> torch.Tensor:
+def round_mxfp8(weight: torch.Tensor) -> torch.Tensor:
     """A power of two for every 32 values of a row."""
     blocks, (height, width) = _blocks(weight, 1, 32)
     largest = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(1e-30)
@@ -56,9 +56,9 @@ def mxfp8(weight: torch.Tensor) -> torch.Tensor:
 
 RECIPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bf16": lambda weight: weight.bfloat16().float(),
-    "delayed": delayed,
-    "blockwise": blockwise,
-    "mxfp8": mxfp8,
+    "delayed": round_delayed,
+    "blockwise": round_blockwise,
+    "mxfp8": round_mxfp8,
 }
 
 
@@ -67,13 +67,13 @@ def matrices(folder: Path | None) -> dict[str, list[torch.Tensor]]:
     if folder is not None:
         from safetensors.torch import load_file
 
-        found: dict[str, list[torch.Tensor]] = defaultdict(list)
+        by_role: dict[str, list[torch.Tensor]] = defaultdict(list)
         for file in sorted(folder.glob("*.safetensors")):
             for name, weight in load_file(file).items():
                 role = _ROLES.search(name)
                 if role:
-                    found[role[1]].append(weight.float())
-        return dict(sorted(found.items()))
+                    by_role[role[1]].append(weight.float())
+        return dict(sorted(by_role.items()))
     generator = torch.Generator().manual_seed(0)
     gaussian = torch.randn(1024, 1024, generator=generator) * 0.02
     wide = torch.randn(1024, 2816, generator=generator) * 0.02
@@ -95,14 +95,14 @@ def main() -> None:
     kinds = matrices(parser.parse_args().folder)
     print(f"| weights | alpha_hill_median, fp32 | {' | '.join(RECIPES)} |")
     print("|---" * (2 + len(RECIPES)) + "|")
-    for kind, found in kinds.items():
-        exact = [analyze_matrix(weight).alpha_hill_median for weight in found]
+    for kind, weights in kinds.items():
+        exact = [analyze_matrix(weight).alpha_hill_median for weight in weights]
         cells = []
         for recipe in RECIPES.values():
-            rounded = [analyze_matrix(recipe(weight)).alpha_hill_median for weight in found]
+            rounded = [analyze_matrix(recipe(weight)).alpha_hill_median for weight in weights]
             change = [(b - a) / a for a, b in zip(exact, rounded, strict=True)]
             cells.append(f"{sum(change) / len(change):+.2%}")
-        print(f"| {kind} ({len(found)}) | {sum(exact) / len(exact):.3f} | {' | '.join(cells)} |")
+        print(f"| {kind} ({len(weights)}) | {sum(exact) / len(exact):.3f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

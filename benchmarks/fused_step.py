@@ -71,12 +71,12 @@ def share_of_rank(
 
 def multipliers_of(groups: InnerGroups) -> dict[str, dict[str, float]]:
     """Granularity -> multipliers that differ between all that it keeps apart."""
-    found = [parts for _, parts in groups.parts.values()]
-    matrices = [matrix for parts in found for matrix, _ in parts]
+    tensors = [ranges for _, ranges in groups.parts.values()]
+    matrices = [matrix for ranges in tensors for matrix, _ in ranges]
     return {
         "projection": {matrix: 1 + index / 1000 for index, matrix in enumerate(matrices)},
         "parameter": {
-            matrix: 1 + index / 1000 for index, parts in enumerate(found) for matrix, _ in parts
+            matrix: 1 + index / 1000 for index, ranges in enumerate(tensors) for matrix, _ in ranges
         },
     }
 
@@ -88,18 +88,18 @@ def time_in_turn(groups: InnerGroups, steps: int) -> dict[str, float]:
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     spent: dict[str, list[float]] = {name: [] for name in multipliers}
     for _ in range(steps + 1):
-        for name, found in multipliers.items():
-            groups.multipliers = found
+        for name, by_matrix in multipliers.items():
+            groups.multipliers = by_matrix
             wait()
             begun = time.perf_counter()
             groups.optimizer.step()
             wait()
             spent[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(found[1:]) for name, found in spent.items()}
+    return {name: statistics.median(each[1:]) for name, each in spent.items()}
 
 
 def main() -> None:
-    """Build the share, then time both granularities side by side."""
+    """Build the share, then time both granularities alternately."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("blocks", 24), ("hidden", 2048), ("ffn", 5461), ("heads", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -110,14 +110,15 @@ def main() -> None:
     groups = InnerGroups(optimizer, parts, decoupled_decay=False)
     seconds = time_in_turn(groups, given.steps)
     kept = memory_of_views(groups, multipliers_of(groups)["projection"])
-    segments = sum(len(r) for _, found in parts.values() for _, r in found if len(found) > 1)
+    fused = [ranges for _, ranges in parts.values() if len(ranges) > 1]
+    segments = sum(len(runs) for ranges in fused for _, runs in ranges)
     added = seconds["projection"] - seconds["parameter"]
     elements = sum(tensor.numel() for tensor in tensors)
     print(
         f"{elements / 1e9:.2f}e9 elements, {segments} segments, {torch.get_num_threads()} threads"
     )
-    for name, found in seconds.items():
-        print(f"{name:>10}: {1000 * found:.1f} ms a step")
+    for name, median in seconds.items():
+        print(f"{name:>10}: {1000 * median:.1f} ms a step")
     print(f"ratio {seconds['projection'] / seconds['parameter']:.3f}")
     print(f"overhead per segment {1e6 * added / segments:.1f} us")
     print(f"views kept between steps: {kept / 2**20:.1f} MiB of Python objects, no tensor memory")

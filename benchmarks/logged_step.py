@@ -30,8 +30,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.fused_adam import MODELS
 from benchmarks.fused_step import share_of_rank
+from benchmarks.optimizer_step import MODELS
+from megatron_llr.output import replaced_file
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
 from megatron_llr.telemetry.csv_log import CsvLog
@@ -73,15 +74,15 @@ def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             work()
             torch.cuda.synchronize()
             spent[name].append(time.perf_counter() - begun)
-    return {name: 1e3 * statistics.median(found[3:]) for name, found in spent.items()}
+    return {name: 1e3 * statistics.median(each[3:]) for name, each in spent.items()}
 
 
 def observer(parts: Any, tensors: Any, *, batched: bool, updates: bool) -> Callable[[], Any]:
     """A logged step without the optimizer's own work, and everything up to values on the CPU."""
     optimizer = Still([{"params": tensors}])
     inner = InnerGroups(optimizer, parts, decoupled_decay=False, step="grouped")
-    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
-    numel = [sum(b - a for a, b in r) for _, found in parts.values() for _, r in found]
+    matrices = [matrix for _, ranges in parts.values() for matrix, _ in ranges]
+    numel = [sum(b - a for a, b in runs) for _, ranges in parts.values() for _, runs in ranges]
     # The groups of a real step are not under test: one rate for all.
     inner._rates = [(group["lr"], group["params"]) for group in optimizer.param_groups]
     recorder = StepRecorder(
@@ -120,7 +121,7 @@ def agreement(ways: dict[str, Callable[[], Any]]) -> float:
     return float(((norms[0] - norms[1]) / norms[1]).abs().max())
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def time_logs_of(name: str, repeats: int) -> dict[str, Any]:
     """Times and launches of one model, by way and by what is logged."""
     torch.cuda.empty_cache()
     tensors, parts = share_of_rank(*MODELS[name], "cuda")
@@ -131,7 +132,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         for way, batched in _WAYS.items():
             key = f"{logged}, {way}"
             works[key] = observer(parts, tensors, batched=batched, updates=updates)
-    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
+    matrices = [matrix for _, ranges in parts.values() for matrix, _ in ranges]
     first = {way: works[f"norms and rates, {way}"] for way in _WAYS}
     with tempfile.TemporaryDirectory() as folder:
         milliseconds = in_turn({**works, **writers(folder, matrices)}, repeats)
@@ -163,7 +164,7 @@ def main() -> None:
         "triton": triton.__version__,
     }
     print(", ".join(f"{key} {value}" for key, value in head.items()))
-    results = [measure(name, given.repeats) for name in given.models]
+    results = [time_logs_of(name, given.repeats) for name in given.models]
     for result in results:
         print(
             f"\n{result['model']}: {result['elements'] / 1e6:.0f}M elements, "
@@ -181,7 +182,8 @@ def main() -> None:
     for key, ratio in last["logged over unlogged step"].items():
         print(f"{last['model']}, {key}: {ratio:.4f} of a step of {given.step_ms:g} ms")
     if given.output:
-        given.output.write_text(json.dumps({**head, "models": results}, indent=1) + "\n")
+        with replaced_file(given.output) as partial:
+            partial.write_text(json.dumps({**head, "models": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What thousands of logical matrices cost: construction, measurement, state, steps, logs.
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/many_matrices.py [--blocks 11] [--experts 128]
+       python benchmarks/many_matrices.py --device cuda
        OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/many_matrices.py --layout tensor
 
 A Megatron mixture of experts (SequentialMLP) on the library route: by default 128 experts in each
 of 11 blocks, hidden 64, expert ffn 96, so that a matrix has 64 eigenvalues. On several ranks
 `--layout` says what they share: `expert` (each its part of the experts), `tensor` (a part of every
-matrix), `replica` (all hold all). Optimizer steps are timed in turn with plain Megatron's in the
-same run, in processor time: in a ramp, in which all multipliers move, and after it, when they
-stand.
+matrix), `replica` (all hold all). Optimizer steps alternate with plain Megatron's in the same run:
+in a ramp, in which all multipliers move, and after it. They are timed in processor time on a CPU,
+in wall time up to the end of the GPU's work on a GPU.
 """
 
 import argparse
@@ -25,27 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_llr import LLRConfig, state
+from megatron_llr.controller import LayerwiseController
+from megatron_llr.measurement import measure
 from megatron_llr.megatron import launch
+from megatron_llr.telemetry.csv_log import CsvLog
+from megatron_llr.telemetry.observer import Observer
 
-launch.prepare_device(["--llr-device", "cpu"])
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-
-from megatron_llr import LLRConfig, get_megatron_optimizer, make_controller, state  # noqa: E402
-from megatron_llr.controller import LayerwiseController  # noqa: E402
-from megatron_llr.measurement import measure  # noqa: E402
-from megatron_llr.megatron import assembly, library  # noqa: E402
-from megatron_llr.telemetry.csv_log import CsvLog  # noqa: E402
-from megatron_llr.telemetry.observer import Observer  # noqa: E402
+# Megatron is imported inside the functions, after the device has been chosen.
 
 
 class Clock:
@@ -79,6 +67,13 @@ class Clock:
 
 def build_model(given: argparse.Namespace) -> list[torch.nn.Module]:
     """The model, wrapped, with a constant gradient in Megatron's buffers."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
     world = dist.get_world_size()
     tensor = world if given.layout == "tensor" else 1
     expert = world if given.layout == "expert" else 1
@@ -96,11 +91,11 @@ def build_model(given: argparse.Namespace) -> list[torch.nn.Module]:
         expert_model_parallel_size=expert,
         gated_linear_unit=True,
         add_bias_linear=False,
-        use_cpu_initialization=True,
+        use_cpu_initialization=given.device == "cpu",
         pipeline_dtype=torch.float32,
     )
     spec = get_gpt_layer_local_spec(num_experts=given.experts, moe_grouped_gemm=False)
-    model = GPTModel(config, spec, 256, 16)
+    model = GPTModel(config, spec, 256, 16).cuda()
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=given.distributed_optimizer)
     chunk = DistributedDataParallel(config, ddp, model)
     for parameter in chunk.parameters():
@@ -130,7 +125,7 @@ def time_measurement(clock: Clock, engine: measure.SpectrumEngine) -> None:
     names = [name for name in clock.seconds if name in _PHASES]
     shares = [f"{name} {100 * clock.total(name) / whole:.1f} %" for name in names]
     rest = whole - sum(clock.total(name) for name in names)
-    say(f"{line}; {', '.join(shares)}, rest {100 * rest / whole:.1f} %")
+    print_on_rank_0(f"{line}; {', '.join(shares)}, rest {100 * rest / whole:.1f} %")
 
 
 _PHASES = (
@@ -142,41 +137,60 @@ _PHASES = (
 )
 
 
-def say(line: str) -> None:
+def print_on_rank_0(line: str) -> None:
     """Print on rank 0."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 
 
-def time_steps(controller: LayerwiseController, optimizer: Any) -> None:
-    """Print steps with layer groups over plain ones, in a ramp and after it: processor time."""
+def time_steps(
+    controller: LayerwiseController, optimizer: Any, device: str
+) -> dict[str, dict[str, float]]:
+    """Median seconds of steps with layer groups and plain ones, in a ramp and after it.
+
+    Args:
+        controller: after `prepare()`.
+        optimizer: of the controller.
+        device: cpu, timed in processor time, or cuda, in wall time.
+
+    Returns:
+        "in a ramp" and "after the ramp" -> "plain", "layer groups" and "after_update".
+    """
     inner = optimizer.llr.layer_groups._inner
     ramp = controller.config.ramp_iters
-    spent: dict[tuple[str, str], list[float]] = {}
+    spent: dict[str, dict[str, list[float]]] = {}
+
+    def timed(work: Callable[[], object]) -> float:
+        clock = time.process_time if device == "cpu" else time.perf_counter
+        torch.cuda.synchronize()
+        begun = clock()
+        work()
+        torch.cuda.synchronize()
+        return clock() - begun
+
     for count in range(2 * ramp):
-        phase = "in a ramp" if count < ramp else "settled"
+        phase = spent.setdefault("in a ramp" if count < ramp else "after the ramp", {})
         for kind in ("plain", "layer groups"):
             kept = [each.multipliers for each in inner]
             for each in inner if kind == "plain" else []:
                 each.multipliers = {}
-            begun = time.process_time()
-            optimizer.step()
-            spent.setdefault((phase, kind), []).append(time.process_time() - begun)
+            phase.setdefault(kind, []).append(timed(optimizer.step))
             for each, multipliers in zip(inner, kept, strict=True):
                 each.multipliers = multipliers
-        begun = time.process_time()
-        controller.after_update()
-        spent.setdefault((phase, "after_update"), []).append(time.process_time() - begun)
-    for phase in ("in a ramp", "settled"):
-        median = {
-            kind: 1e3 * statistics.median(found[2:])
-            for (each, kind), found in spent.items()
-            if each == phase
-        }
-        extended = median["layer groups"] + median["after_update"]
-        say(
-            f"step {phase}: {median['layer groups']:.1f} ms and {median['after_update']:.1f} ms "
-            f"after it, plain {median['plain']:.1f} ms, ratio {extended / median['plain']:.3f}"
+        phase.setdefault("after_update", []).append(timed(controller.after_update))
+    return {
+        phase: {kind: statistics.median(each[2:]) for kind, each in kinds.items()}
+        for phase, kinds in spent.items()
+    }
+
+
+def print_steps(seconds: dict[str, dict[str, float]]) -> None:
+    """Print what `time_steps` returned, and the ratio."""
+    for phase, median in seconds.items():
+        ours, after, plain = (median[kind] for kind in ("layer groups", "after_update", "plain"))
+        print_on_rank_0(
+            f"step {phase}: {1e3 * ours:.1f} ms and {1e3 * after:.1f} ms after it, "
+            f"plain {1e3 * plain:.1f} ms, ratio {(ours + after) / plain:.3f}"
         )
 
 
@@ -195,11 +209,12 @@ def time_logs(controller: LayerwiseController, clock: Clock) -> None:
             if dist.get_rank() == 0:
                 writer = SummaryWriter(str(folder / "tensorboard"))
             controller._observer = observer = Observer(
-                say=say,
+                say=print_on_rank_0,
                 csv_log=csv_log if dist.get_rank() == 0 else None,
                 tensorboard=writer,
                 by_role=by_role,
             )
+            controller._ask_who_reads()
             with clock.timed(f"measured {choice}"):
                 if dist.get_rank() == 0:
                     observer.measured(
@@ -211,7 +226,7 @@ def time_logs(controller: LayerwiseController, clock: Clock) -> None:
                 writer.close()
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             sizes = [f"{path.name[:22]} {path.stat().st_size / 1e3:.0f} kB" for path in files]
-            say(
+            print_on_rank_0(
                 f"logs, {choice}: measurement {clock.total(f'measured {choice}'):.2f} s, "
                 f"step {clock.total(f'stepped {choice}'):.2f} s; {', '.join(sizes)}"
             )
@@ -223,6 +238,7 @@ def parse() -> argparse.Namespace:
     sizes = (("blocks", 11), ("experts", 128), ("hidden", 64), ("ffn", 96))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layout", choices=("expert", "tensor", "replica"), default="expert")
     parser.add_argument("--distributed-optimizer", action="store_true")
     return parser.parse_args()
@@ -230,6 +246,11 @@ def parse() -> argparse.Namespace:
 
 def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[Any, Any]:
     """Optimizer and controller of the model; prints what their parts took to build."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron_llr import get_megatron_optimizer, make_controller
+    from megatron_llr.megatron import assembly, library
+
     chunks = build_model(given)
     clock.watch(assembly, "build_catalog", "catalog")
     clock.watch(assembly, "LayerGroups", "layer groups")
@@ -246,7 +267,7 @@ def build(given: argparse.Namespace, clock: Clock, observer: Observer) -> tuple[
     optimizer = get_megatron_optimizer(settings, chunks, llr=config, vocab_size=256)
     controller = make_controller(optimizer, total_updates=1000, iteration=1, observer=observer)
     names = tuple(clock.seconds)
-    say(
+    print_on_rank_0(
         f"{len(controller.matrix_index)} matrices, {dist.get_world_size()} ranks, "
         f"layout {given.layout}; built: "
         + ", ".join(f"{name} {clock.total(name):.3f} s" for name in names)
@@ -260,7 +281,10 @@ def main() -> None:
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29533)):
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    dist.init_process_group("gloo")
+    launch.prepare_device(["--llr-device", given.device])
+    if given.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("gloo" if given.device == "cpu" else "nccl")
     clock = Clock()
     # No log: what one costs is asked at the end.
     observer = Observer(say=lambda line: None, log_interval=10**6)
@@ -269,12 +293,12 @@ def main() -> None:
     time_measurement(clock, controller._engine)
     with clock.timed("state"):
         text = state.encode(controller.state_dict())
-    say(
+    print_on_rank_0(
         f"state document in a ramp: {len(text) / 1e3:.0f} kB, "
         f"{len(text) / len(controller.matrix_index):.0f} bytes per matrix, "
         f"{clock.total('state'):.3f} s"
     )
-    time_steps(controller, optimizer)
+    print_steps(time_steps(controller, optimizer, given.device))
     time_logs(controller, clock)
     dist.destroy_process_group()
 

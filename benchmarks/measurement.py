@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/measurement.py [--models 60M 350M] [--output FILE]
 
-Needs torch alone. Three ways to the spectra of the same random matrices:
+Needs only torch. Three ways to the spectra of the same random matrices:
 
 batched     as a measurement computes them: matrices of equal smaller side in stacks, with records
 one by one  a Gram matrix and its eigenvalues for each matrix, with records
-svdvals     torch.linalg.svdvals of each matrix in fp32, the loop of the authors' code; values alone
+svdvals     torch.linalg.svdvals of each matrix in fp32, the loop of the authors' code; values only
 
 Where it says so, the last two are timed on one block and multiplied by the number of blocks.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_llr.output import replaced_file
 from megatron_llr.spectrum import cusolver, record_from_eigenvalues, records_from_eigenvalues
 from megatron_llr.spectrum.batched import (
     batch_size,
@@ -82,9 +83,9 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def records_in_batches(weights: list[torch.Tensor], memory: float) -> list[SpectrumRecord]:
     """Records as a measurement computes them; all spectra here have one length."""
-    found = eigenvalues_in_batches(weights, memory=memory)
-    methods = [method for _, method in found]
-    return records_from_eigenvalues([values for values, _ in found], methods=methods)
+    spectra = eigenvalues_in_batches(weights, memory=memory)
+    methods = [method for _, method in spectra]
+    return records_from_eigenvalues([values for values, _ in spectra], methods=methods)
 
 
 def records_one_by_one(weights: list[torch.Tensor]) -> list[SpectrumRecord]:
@@ -102,7 +103,7 @@ def singular_values(weights: list[torch.Tensor]) -> None:
 
 
 def gram_products(weights: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """The Gram matrices alone, into memory that is there."""
+    """Only the Gram matrices, into memory allocated once."""
     size = min(weights[0].shape)
     gram = torch.empty(size, size, dtype=dtype, device=weights[0].device)
     with full_precision():
@@ -120,11 +121,19 @@ def worst_difference(some: list[SpectrumRecord], others: list[SpectrumRecord]) -
     )
 
 
-def measure_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times of one model, and what the two ways of this package differ by."""
-    model, device = MODELS[name], arguments.device
-    dtype = getattr(torch, arguments.dtype)
-    memory = arguments.memory * 1e9
+def measure_model(
+    name: str, *, device: str, dtype: torch.dtype, memory: float, repeats: int
+) -> dict[str, Any]:
+    """Times of one model, and the difference between the two ways of this package.
+
+    Args:
+        name: a key of `MODELS`.
+        device: cuda or cpu.
+        dtype: of the weights.
+        memory: bytes for a batch.
+        repeats: the batched time is the median of this many.
+    """
+    model = MODELS[name]
     weights = [
         weight for block in range(model.blocks) for weight in model.block(dtype, device, block)
     ]
@@ -136,11 +145,10 @@ def measure_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     records_one_by_one(part[:per_block])
     batched_records = records_in_batches(weights, memory)
     batched = statistics.median(
-        seconds(lambda: records_in_batches(weights, memory), device)
-        for _ in range(arguments.repeats)
+        seconds(lambda: records_in_batches(weights, memory), device) for _ in range(repeats)
     )
-    alone: list[SpectrumRecord] = []
-    one_by_one = scale * seconds(lambda: alone.extend(records_one_by_one(part)), device)
+    single: list[SpectrumRecord] = []
+    one_by_one = scale * seconds(lambda: single.extend(records_one_by_one(part)), device)
     torch.linalg.svdvals(part[0].float())
     svdvals = scale * seconds(lambda: singular_values(part), device)
     kind = gram_dtype(size, full=False)
@@ -158,14 +166,14 @@ def measure_model(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "svdvals_s": svdvals,
         "gram_products_s": products,
         "worst_relative_difference_of_exponents": worst_difference(
-            batched_records[: len(part)], alone
+            batched_records[: len(part)], single
         ),
         "methods": sorted({record.method for record in batched_records}),
     }
 
 
 def measure_size(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds a matrix of the solver alone, for every batch size that fits."""
+    """Milliseconds of the solver per matrix, for every batch size that fits."""
     dtype, device = gram_dtype(size, full=False), arguments.device
     rows = []
     for count in arguments.batches:
@@ -193,7 +201,7 @@ def measure_size(size: int, arguments: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
-def environment(device: str) -> dict[str, Any]:
+def card_and_versions(device: str) -> dict[str, Any]:
     """Card, versions and commit."""
     on_gpu = device == "cuda"
     loaded = cusolver.cusolver_library() if on_gpu else None
@@ -242,10 +250,10 @@ def print_models(rows: list[dict[str, Any]]) -> None:
 
 def print_sizes(rows: list[dict[str, Any]], batches: list[int]) -> None:
     """Milliseconds a matrix, a line for every size."""
-    found = {(row["size"], row["batch"]): f"{row['ms']:.2f}" for row in rows}
-    sizes = sorted({size for size, _ in found})
-    lines = [(str(size), *(found.get((size, count), "-") for count in batches)) for size in sizes]
-    print("Solver alone, ms a matrix")
+    cells = {(row["size"], row["batch"]): f"{row['ms']:.2f}" for row in rows}
+    sizes = sorted({size for size, _ in cells})
+    lines = [(str(size), *(cells.get((size, count), "-") for count in batches)) for size in sizes]
+    print("Solver only, ms per matrix")
     print(text_table(("N", *(f"b{count}" for count in batches)), lines))
 
 
@@ -264,11 +272,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     arguments = parser.parse_args()
 
-    figures: dict[str, Any] = {**environment(arguments.device), "models": [], "sizes": []}
+    figures: dict[str, Any] = {**card_and_versions(arguments.device), "models": [], "sizes": []}
     print(", ".join(f"{name} {figures[name]}" for name in ("card", "torch", "cusolver", "solver")))
     print(f"weights in {arguments.dtype}, {arguments.memory:g} GB for a batch\n")
     for name in arguments.models:
-        figures["models"].append(measure_model(name, arguments))
+        figures["models"].append(
+            measure_model(
+                name,
+                device=arguments.device,
+                dtype=getattr(torch, arguments.dtype),
+                memory=arguments.memory * 1e9,
+                repeats=arguments.repeats,
+            )
+        )
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
     if figures["models"]:
@@ -278,7 +294,8 @@ def main() -> None:
     if figures["sizes"]:
         print_sizes(figures["sizes"], arguments.batches)
     if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
+        with replaced_file(arguments.output) as partial:
+            partial.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def main() -> None:
         heavy = torch.distributions.StudentT(2.5).sample(shape)
         kinds = {"gaussian": gaussian, "spiked": gaussian + 0.4 * low, "heavy-tailed": heavy}
         for kind, weight in kinds.items():
-            found = [f"{pooled(weight, w, d):.3f}" for d in (0, 1) for w in (2, 4, 8)]
+            by_cut = [f"{pooled(weight, w, d):.3f}" for d in (0, 1) for w in (2, 4, 8)]
             exact = f"{analyze_matrix(weight).alpha_hill_median:.3f}"
-            rows.append((kind, f"{shape[0]}x{shape[1]}", exact, *found))
+            rows.append((kind, f"{shape[0]}x{shape[1]}", exact, *by_cut))
     ways = [f"{name}/{w}" for name in ("rows", "columns") for w in (2, 4, 8)]
     print(text_table(("matrix", "shape", "exact", *ways), rows))
 

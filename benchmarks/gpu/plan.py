@@ -1,7 +1,9 @@
-"""The cases: what each runs, for how long at most, and what it needs to be there."""
+"""The cases: what each runs, its time limit, and what it needs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from benchmarks.gpu.fp8_recipes import RECIPES
 
 # hidden, ffn, heads, blocks of arXiv 2605.22297's models, and the micro-batch that is trained here.
 SHAPES = {
@@ -10,11 +12,11 @@ SHAPES = {
     "1B": (2048, 5461, 32, 24, 4),
     "3B": (2560, 6848, 32, 32, 2),
 }
-# The same cases on CPU: nothing here says how fast anything is.
+# The same cases on CPU. Their times mean nothing.
 TOY_SHAPES = {
     "60M": (64, 96, 4, 2, 2),
     "350M": (64, 112, 4, 2, 2),
-    "1B": (80, 96, 4, 2, 2),
+    "1B": (80, 95, 4, 2, 2),  # an odd FFN width, as the real one
     "3B": (96, 112, 4, 2, 2),
 }
 # Megatron's fused kernels come with apex or Transformer Engine; none of these needs either.
@@ -27,14 +29,14 @@ ENGINE = (
     "--transformer-impl transformer_engine --no-rope-fusion --no-bias-swiglu-fusion "
     "--no-bias-dropout-fusion --no-gradient-accumulation-fusion"
 ).split()
-FP8 = "--fp8-format hybrid --fp8-recipe delayed".split()
-# Recipe -> the compute capability that it needs: Hopper, Blackwell.
-OTHER_RECIPES = {"tensorwise": (9, 0), "blockwise": (9, 0), "mxfp8": (10, 0)}
 TE = "transformer_engine"
 EXPERTS = (
     "--num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 "
     "--moe-token-dispatcher-type allgather"
 ).split()
+DETERMINISTIC = ("--deterministic-mode",)
+UNIFORM = ("--llr-policy", "uniform")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 LATENT = "--multi-latent-attention --q-lora-rank 64 --kv-lora-rank 64".split()
 
 
@@ -45,10 +47,11 @@ class Case:
     Attributes:
         name: in the table.
         function: module:function below `benchmarks.gpu`; returns JSON values.
-        seconds: at most.
+        seconds: its time limit.
         arguments: of the function.
         needs: a package without which the case is skipped, or None.
-        capability: least compute capability of the GPU; below it the case is skipped.
+        recipe: an FP8 recipe; on a card without it the case is skipped. None if it needs none.
+        gpu_only: whether the case is skipped on CPU.
     """
 
     name: str
@@ -56,10 +59,11 @@ class Case:
     seconds: int
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
-    capability: tuple[int, int] = (0, 0)
+    recipe: str | None = None
+    gpu_only: bool = False
 
 
-def training_flags(size: str, iterations: int, *, toy: bool) -> list[str]:
+def model_flags(size: str, iterations: int, *, toy: bool) -> list[str]:
     """Megatron's flags of a model of one of the sizes, on mock data, in bf16."""
     hidden, ffn, heads, blocks, batch = (TOY_SHAPES if toy else SHAPES)[size]
     length, vocabulary = (32, 250) if toy else (1024, 32127)
@@ -85,73 +89,87 @@ def _training(
     *more: str,
     toy: bool,
     engine: bool = False,
-    capability: tuple[int, int] = (0, 0),
+    recipe: str | None = None,
     **how: Any,
 ) -> Case:
     own = [] if toy else ENGINE if engine else LOCAL
     iterations = min(iterations, 6) if toy else iterations
-    flags = [*training_flags(size, iterations, toy=toy), *own, *more]
+    flags = [*model_flags(size, iterations, toy=toy), *own, *more]
     return Case(
         name,
         "training:train",
         seconds,
         {"flags": flags, **how},
         TE if engine else None,
-        capability,
+        recipe,
     )
 
 
+def _pair(name: str, size: str, *more: str, **how: Any) -> list[Case]:
+    """Plain Megatron and `uniform`, 12 updates each with deterministic kernels."""
+    exact = (*more, *DETERMINISTIC)
+    return [
+        _training(f"{name}-plain", size, 12, 60, *exact, extension=False, **how),
+        _training(f"{name}-uniform", size, 12, 60, *exact, *UNIFORM, **how),
+    ]
+
+
+def _fp8_pair(recipe: str, *, toy: bool) -> list[Case]:
+    # Sides of FP8 products are multiples of 16, or of the sides of a recipe's blocks.
+    width = () if toy or recipe not in ("blockwise", "mxfp8") else ("--ffn-hidden-size", "2816")
+    flags = ("--fp8-format", "hybrid", "--fp8-recipe", recipe, *width)
+    return _pair(f"te-fp8-{recipe}", "350M", *flags, toy=toy, engine=True, recipe=recipe)
+
+
+def _in_turn(size: str, iterations: int, seconds: int, *, toy: bool, **how: Any) -> Case:
+    return _training(f"in-turn-{size}", size, iterations, seconds, toy=toy, in_turn=True, **how)
+
+
+def _measured(size: str, *, toy: bool) -> Case:
+    arguments = {"model": "tiny" if toy else size, "repeats": 1 if toy else 2}
+    return Case(f"measure-{size}", "spectra:measure_all_blocks", 90, arguments)
+
+
 def cases(*, toy: bool) -> list[Case]:
-    """All cases, the most telling first: where the budget ends, the rest is not run."""
-    exact = ("--deterministic-mode",)
-    uniform = ("--llr-policy", "uniform")
-    overlap = ("--overlap-grad-reduce", "--overlap-param-gather")
-    # One tensor for each expert of a layer, multiplied together; not there on CPU.
-    grouped = () if toy else ("--moe-grouped-gemm",)
-    shapes = TOY_SHAPES if toy else SHAPES
+    """All cases, the most informative first: those after the end of the budget are not run.
 
-    def run(name: str, size: str, iterations: int, seconds: int, *more: str, **how: Any) -> Case:
-        return _training(name, size, iterations, seconds, *more, toy=toy, **how)
-
-    def pair(name: str, size: str, *more: str, **how: Any) -> list[Case]:
-        return [
-            run(f"{name}-plain", size, 12, 60, *exact, *more, extension=False, **how),
-            run(f"{name}-uniform", size, 12, 60, *exact, *more, *uniform, **how),
-        ]
-
-    def in_turn(size: str, iterations: int, seconds: int, **how: Any) -> Case:
-        return run(f"in-turn-{size}", size, iterations, seconds, in_turn=True, **how)
-
-    def measured(size: str, seconds: float) -> Case:
-        hidden, ffn, _, blocks, _ = shapes[size]
-        sides = {"hidden": hidden, "ffn": ffn, "blocks": blocks}
-        limit = {"seconds": 0.2 if toy else seconds}
-        return Case(f"measure-{size}", "matrices:measure", 60, {**sides, **limit})
-
-    def recipe(name: str, capability: tuple[int, int]) -> list[Case]:
-        flags = ("--fp8-format", "hybrid", "--fp8-recipe", name)
-        return pair(f"te-fp8-{name}", "350M", *flags, engine=True, capability=capability)
-
+    Args:
+        toy: for a dry run on CPU: toy sizes, without time limits.
+    """
+    grouped = () if toy else ("--moe-grouped-gemm",)  # not available on CPU
     experts = {"blocks": 2, "experts": 4} if toy else {}
     optimizer = {"blocks": 2, "hidden": 64, "ffn": 96, "heads": 4} if toy else {}
-    return [
-        *pair("bf16", "60M"),
-        in_turn("60M", 40, 60),
-        Case("optimizers", "stepping:compare", 60, optimizer),
-        Case("many-experts", "stepping:many_experts", 60, experts),
-        *pair("te-bf16", "60M", engine=True),
-        # Sides of FP8 products are multiples of 16: 350M's are.
-        *pair("te-fp8", "350M", *FP8, engine=True),
-        *pair("te-moe", "60M", *EXPERTS, *grouped, engine=True),
-        *pair("te-mla", "60M", *LATENT, engine=True),
-        run("te-fp8-gather", "350M", 12, 60, *FP8, "--fp8-param-gather", engine=True),
-        in_turn("350M", 24, 60),
-        *(measured(size, 6) for size in SHAPES),
-        Case("sharded", "matrices:sharded", 60, {"sides": [96, 64] if toy else [5461, 2048]}),
-        run("overlap-uniform", "60M", 12, 60, *exact, *overlap, *uniform),
-        in_turn("1B", 16, 75, measured=False),
-        in_turn("3B", 12, 90, measured=False),
-        *(case for each, least in OTHER_RECIPES.items() for case in recipe(each, least)),
-        Case("self-test", "self_test:check", 90, {"only": "dp" if toy else ""}),
-        run("updates-uniform", "60M", 12, 60, *exact, *uniform, "--llr-log-relative-update"),
+    gather = ("--fp8-format", "hybrid", "--fp8-recipe", "delayed", "--fp8-param-gather")
+    overlap = (*DETERMINISTIC, *OVERLAP, *UNIFORM)
+    updates = (*DETERMINISTIC, *UNIFORM, "--llr-log-relative-update")
+    kernels = {size: {"model": size} for size in ("60M", "350M")}
+    engine: dict[str, Any] = {"toy": toy, "engine": True}
+    all_cases = [
+        *_pair("bf16", "60M", toy=toy),
+        _in_turn("60M", 40, 60, toy=toy),
+        Case("optimizers", "optimizers:probe_and_time", 60, optimizer),
+        Case("many-experts", "expert_steps:time_expert_steps", 90, experts),
+        *_pair("te-bf16", "60M", **engine),
+        *_fp8_pair("delayed", toy=toy),
+        *_pair("te-moe", "60M", *EXPERTS, *grouped, **engine),
+        *_pair("te-mla", "60M", *LATENT, **engine),
+        _training("te-fp8-gather", "350M", 12, 60, *gather, recipe="delayed", **engine),
+        _in_turn("350M", 24, 60, toy=toy),
+        *(
+            Case(f"inner-step-{size}", "kernels:time_inner_steps", 60, each, gpu_only=True)
+            for size, each in kernels.items()
+        ),
+        Case("logged-step-350M", "kernels:time_logged_step", 60, kernels["350M"], gpu_only=True),
+        *(_measured(size, toy=toy) for size in SHAPES),
+        Case(
+            "sharded", "spectra:compare_sharded", 60, {"sides": [96, 64] if toy else [5461, 2048]}
+        ),
+        _training("overlap-uniform", "60M", 12, 60, *overlap, toy=toy),
+        _in_turn("1B", 16, 75, toy=toy, measured=False),
+        _in_turn("3B", 12, 90, toy=toy, measured=False),
+        *(case for recipe in RECIPES[1:] for case in _fp8_pair(recipe, toy=toy)),
+        Case("self-test", "self_test_case:run_self_test", 90, {"only": "dp" if toy else ""}),
+        _training("updates-uniform", "60M", 12, 60, *updates, toy=toy),
     ]
+    # A dry run only checks that cases run, however slow and busy the machine is.
+    return [replace(case, seconds=24 * 3600) for case in all_cases] if toy else all_cases

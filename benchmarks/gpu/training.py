@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from megatron_llr.megatron import launch
+from megatron_llr.spectrum import record_from_eigenvalues
 
 
 class _Watch:
-    """What is kept of the run."""
+    """Figures of the run."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -20,7 +21,7 @@ class _Watch:
         self.measured: list[tuple[int, float]] = []
 
     def timed(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function; keep how long the device took for it."""
+        """Call a function and record its time, up to the end of its work on the device."""
         torch.cuda.synchronize()
         begun = time.perf_counter()
         result = function(*args, **kwargs)
@@ -78,15 +79,15 @@ def _watch_measurements(watch: _Watch, *, measured: bool) -> None:
         table = {}
         for index, matrix in enumerate(engine.owners):
             values = torch.linspace(0, 1, 64, dtype=torch.float64).mul(1 + index / 100).exp()
-            table[matrix] = measure.record_from_eigenvalues(values, method="invented")
+            table[matrix] = record_from_eigenvalues(values, method="invented")
         spectra = dict.fromkeys(table, torch.zeros(1, dtype=torch.float64))
         return measure.Measurement(table, spectra, 0.0)
 
     def measure_and_keep(engine: Any) -> Any:
-        found = original(engine) if measured else invented(engine)
+        measurement = original(engine) if measured else invented(engine)
         if measured:
-            watch.measured.append((len(found.table), found.seconds))
-        return found
+            watch.measured.append((len(measurement.table), measurement.seconds))
+        return measurement
 
     measure.SpectrumEngine.measure = measure_and_keep  # type: ignore[method-assign]
 
@@ -104,9 +105,9 @@ def train(
     Args:
         device: cuda or cpu.
         flags: Megatron's and the extension's.
-        extension: whether it takes part; otherwise plain Megatron.
+        extension: whether the job uses it; otherwise plain Megatron.
         in_turn: layer groups in every second iteration only.
-        measured: whether spectra are computed; otherwise exponents are made up.
+        measured: whether spectra are computed; otherwise exponents are invented.
 
     Returns:
         losses; seconds of iterations and optimizer steps, with and without layer groups;

@@ -1,6 +1,6 @@
-"""The optimizer's step with a learning rate for every matrix, fused, next to the usual steps.
+"""The inner optimizer's step with a learning rate per matrix, and its steps with one rate.
 
-Usage: python benchmarks/fused_adam.py [--models 60M 350M] [--output FILE]
+Usage: python -m benchmarks.optimizer_step [--models 60M 350M] [--output FILE]
 
 Needs a GPU, torch and triton. In one run and in turn, over the same tensors:
 
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.fused_step import share_of_rank
+from megatron_llr.output import replaced_file
 from megatron_llr.param_groups.inner_groups import InnerGroups
 from megatron_llr.telemetry.tables import text_table
 
@@ -50,7 +51,7 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
     return 1e3 * statistics.median(spent[3:])
 
 
-def host_milliseconds(work: Callable[[], object], repeats: int) -> float:
+def cpu_milliseconds(work: Callable[[], object], repeats: int) -> float:
     """Median time until `work` returns, whatever the GPU still does."""
     spent = []
     for _ in range(repeats):
@@ -85,13 +86,13 @@ def optimizers(adamw: str) -> dict[str, Callable[[Any], Any]]:
     return {"TE FusedAdam": lambda groups: FusedAdam(groups, **_SETTINGS)}
 
 
-def measure(name: str, repeats: int, adamw: str) -> dict[str, Any]:
+def time_steps_of(name: str, repeats: int, adamw: str) -> dict[str, Any]:
     """Times of one model in milliseconds, by way of stepping."""
     torch.cuda.empty_cache()
     tensors, parts = share_of_rank(*MODELS[name], "cuda")
     for tensor in tensors:
         tensor.grad = torch.randn_like(tensor).mul_(1e-3)
-    matrices = [matrix for _, found in parts.values() for matrix, _ in found]
+    matrices = [matrix for _, ranges in parts.values() for matrix, _ in ranges]
     multipliers = {matrix: 1 + index / 100 for index, matrix in enumerate(matrices)}
     elements = sum(tensor.numel() for tensor in tensors)
     times: dict[str, float] = {}
@@ -107,7 +108,7 @@ def measure(name: str, repeats: int, adamw: str) -> dict[str, Any]:
         groups.multipliers = multipliers
         times[f"{way} on {first}, a rate per matrix"] = milliseconds(optimizer.step, repeats)
         if way == "fused":
-            times["fused, time on the host"] = host_milliseconds(optimizer.step, repeats)
+            times["fused, time on the CPU"] = cpu_milliseconds(optimizer.step, repeats)
             times["fused, CUDA events"] = device_milliseconds(optimizer.step, repeats)
         del optimizer, groups
     source = torch.empty(elements // 2, device="cuda")
@@ -137,8 +138,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/fused_adam.py needs a GPU; torch sees none")
-    results = [measure(name, given.repeats, given.optimizer) for name in given.models]
+        raise SystemExit("benchmarks/optimizer_step.py needs a GPU; torch sees none")
+    results = [time_steps_of(name, given.repeats, given.optimizer) for name in given.models]
     import triton
 
     head = {
@@ -157,7 +158,8 @@ def main() -> None:
         for ratio in ("fused over the optimizer with one rate", "fused over floor"):
             print(f"{ratio}: {result[ratio]:.3f}")
     if given.output:
-        given.output.write_text(json.dumps({**head, "models": results}, indent=1) + "\n")
+        with replaced_file(given.output) as partial:
+            partial.write_text(json.dumps({**head, "models": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""From the outcomes of the cases to one Markdown table."""
+"""The Markdown table of the cases' outcomes."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.gpu.plan import OTHER_RECIPES, SHAPES
-from benchmarks.gpu.runner import Outcome
+from benchmarks.gpu.fp8_recipes import RECIPES
+from benchmarks.gpu.plan import SHAPES
+from benchmarks.gpu.run_cases import Outcome
 
-Row = tuple[str, str, str]
-"""What was asked, the figure, and what has to be known with it."""
+TableRow = tuple[str, str, str]
+"""Question, figure, note."""
 
 # Iterations that load kernels and fill caches.
 _WARM_UP = 4
@@ -18,10 +19,9 @@ _PAPER_TOKENS = 64 * 1024
 _PAIRS = (
     ("bf16, local layers", "bf16-plain", "bf16-uniform"),
     ("bf16, Transformer Engine", "te-bf16-plain", "te-bf16-uniform"),
-    ("FP8, Transformer Engine", "te-fp8-plain", "te-fp8-uniform"),
     ("experts, Transformer Engine", "te-moe-plain", "te-moe-uniform"),
     ("latent attention, Transformer Engine", "te-mla-plain", "te-mla-uniform"),
-    *((f"FP8 {name}", f"te-fp8-{name}-plain", f"te-fp8-{name}-uniform") for name in OTHER_RECIPES),
+    *((f"FP8 {name}", f"te-fp8-{name}-plain", f"te-fp8-{name}-uniform") for name in RECIPES),
     ("overlapped gather and reduce", "bf16-plain", "overlap-uniform"),
     ("bf16, with relative updates", "bf16-plain", "updates-uniform"),
 )
@@ -32,7 +32,7 @@ def _gigabytes(count: int) -> str:
 
 
 def _missing(*outcomes: Outcome | None) -> str:
-    """Why a row has no figure, by the first case that has none."""
+    """Why a row has no figure: the reason of the first case without one."""
     for outcome in outcomes:
         if outcome is None:
             return "not chosen"
@@ -41,7 +41,7 @@ def _missing(*outcomes: Outcome | None) -> str:
     return ""
 
 
-def _loss_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
+def _loss_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
     for title, plain_name, ours_name in _PAIRS:
         question = f"same losses at multiplier 1: {title}"
         plain, ours = outcomes.get(plain_name), outcomes.get(ours_name)
@@ -67,7 +67,7 @@ def _medians(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def _step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
+def _step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
     for size in SHAPES:
         outcome = outcomes.get(f"in-turn-{size}")
         question = f"step of {size} with / without"
@@ -92,7 +92,7 @@ def _share(seconds: float, step: float) -> str:
     return f"{seconds / (_INTERVAL * step + seconds):.2%}"
 
 
-def _measurement_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
+def _measurement_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
     for size in SHAPES:
         outcome, steps = outcomes.get(f"measure-{size}"), outcomes.get(f"in-turn-{size}")
         question = f"measurement of {size}, all blocks"
@@ -100,14 +100,18 @@ def _measurement_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
             yield question, "-", _missing(outcome)
             continue
         result = outcome.result
-        seconds = result["block_seconds"] * result["blocks"]
+        seconds = result["batched_s"]
         note = (
-            f"{result['measured_blocks']} of {result['blocks']} blocks measured, times blocks; "
-            f"{', '.join(result['methods'])}; were all to need fp64 "
-            f"({', '.join(result['fp64_methods'])}): "
-            f"{result['fp64_block_seconds'] * result['blocks']:.2f} s"
+            f"{result['matrices']} matrices in batches of {result['batch']}; "
+            f"{', '.join(result['methods'])}; if all needed fp64 "
+            f"({', '.join(result['fp64_methods'])}), one by one: {result['all_fp64_s']:.2f} s"
         )
         yield question, f"{seconds:.2f} s", note
+        timed = f"{result['blocks_timed_one_by_one']} of {result['blocks']} blocks timed"
+        for way, name in (("one_by_one_s", "one by one"), ("svdvals_s", "svdvals in fp32")):
+            ratio = f"{result[way] / seconds:.2f}"
+            question = f"measurement of {size}: {name} over batched"
+            yield question, ratio, f"{result[way]:.2f} s, {timed}"
         question = f"share of time of {size} at interval {_INTERVAL}"
         if steps is None or _missing(steps):
             yield question, "-", _missing(steps)
@@ -115,12 +119,46 @@ def _measurement_rows(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
         step, tokens = _medians(steps)["without"], steps.result["tokens"]
         note = (
             f"at {tokens} tokens a step, as measured; scaled to {_PAPER_TOKENS} tokens a GPU and "
-            f"step: {_share(seconds, step * _PAPER_TOKENS / tokens)}; on one GPU, which owns all"
+            f"step: {_share(seconds, step * _PAPER_TOKENS / tokens)}; one GPU owns all matrices"
         )
         yield question, _share(seconds, step), note
 
 
-def _optimizer_rows(outcome: Outcome | None) -> Iterator[Row]:
+def _inner_step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
+    for size in ("60M", "350M"):
+        outcome = outcomes.get(f"inner-step-{size}")
+        question = f"inner step() of {size}, a rate per matrix / one rate"
+        if outcome is None or _missing(outcome):
+            yield question, "-", _missing(outcome)
+            continue
+        for result in outcome.result.values():
+            times = result["milliseconds"]
+            fused = times["fused, CUDA events"]
+            plain = times[f"{result['optimizer']}, CUDA events"]
+            note = (
+                f"ratio {fused / plain:.3f}; {fused / times['floor']:.3f} of the time to copy 28 "
+                f"bytes an element; {result['matrices']} matrices"
+            )
+            figure = f"{fused:.2f} / {plain:.2f} ms"
+            yield f"{question}, {result['optimizer']}", figure, note
+
+
+def _logged_step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
+    outcome, steps = outcomes.get("logged-step-350M"), outcomes.get("in-turn-350M")
+    question = "logged step of 350M over an unlogged one"
+    if outcome is None or _missing(outcome):
+        yield question, "-", _missing(outcome)
+        return
+    for logged in ("norms and rates", "with updates"):
+        added = outcome.result["milliseconds"][f"{logged}, batched"]
+        launches = outcome.result["launches"][f"{logged}, batched"]
+        ratio = "-" if steps is None else _missing(steps)
+        if steps is not None and not _missing(steps):
+            ratio = f"{1 + added / (1e3 * _medians(steps)['without']):.4f}"
+        yield f"{question}, {logged}", ratio, f"{added:.2f} ms, {launches} launches"
+
+
+def _optimizer_rows(outcome: Outcome | None) -> Iterator[TableRow]:
     if outcome is None or _missing(outcome):
         yield "views that optimizers take", "-", _missing(outcome)
         return
@@ -136,21 +174,21 @@ def _optimizer_rows(outcome: Outcome | None) -> Iterator[Row]:
         yield f"views that {name} takes", answer["takes"], note
 
 
-def _expert_rows(outcome: Outcome | None) -> Iterator[Row]:
-    question = "optimizer's step of many experts with / without"
+def _expert_rows(outcome: Outcome | None) -> Iterator[TableRow]:
+    question = "optimizer's step of many experts with / without layer groups"
     if outcome is None or _missing(outcome):
         yield question, "-", _missing(outcome)
         return
-    for name, answer in outcome.result["optimizers"].items():
-        if "skipped" in answer:
-            yield f"{question}, {name}", "-", answer["skipped"]
-            continue
-        ours, plain = answer["with"], answer["without"]
-        note = f"{outcome.result['matrices']} matrices, ratio {ours / plain:.3f}"
-        yield f"{question}, {name}", f"{1e3 * ours:.2f} / {1e3 * plain:.2f} ms", note
+    for phase, median in outcome.result["seconds"].items():
+        ours, plain = median["layer groups"] + median["after_update"], median["plain"]
+        note = (
+            f"{outcome.result['matrices']} matrices on one rank, {outcome.result['optimizer']}, "
+            f"ratio {ours / plain:.3f}"
+        )
+        yield f"{question}, {phase}", f"{1e3 * ours:.2f} / {1e3 * plain:.2f} ms", note
 
 
-def _sharded_rows(outcome: Outcome | None) -> Iterator[Row]:
+def _sharded_rows(outcome: Outcome | None) -> Iterator[TableRow]:
     if outcome is None or _missing(outcome):
         yield "sharded against exact", "-", _missing(outcome)
         return
@@ -163,21 +201,23 @@ def _sharded_rows(outcome: Outcome | None) -> Iterator[Row]:
         yield question, figure, exact
 
 
-def _self_test_row(outcome: Outcome | None) -> Row:
+def _self_test_row(outcome: Outcome | None) -> TableRow:
     question = "tools/self_test.py on one rank"
     if outcome is None or _missing(outcome):
         return question, "-", _missing(outcome)
     return question, outcome.result["result"], outcome.result["note"]
 
 
-def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
-    """Every question with its figure, or with the reason why it has none."""
+def rows_of(outcomes: Sequence[Outcome]) -> list[TableRow]:
+    """Every question with its figure, or with the reason why it has none.
+
+    Questions none of whose cases was chosen are left out.
+    """
     by_name = {outcome.name: outcome for outcome in outcomes}
-    rows = [*_loss_rows(by_name), *_step_rows(by_name), *_measurement_rows(by_name)]
-    rows += [
-        *_optimizer_rows(by_name.get("optimizers")),
-        *_expert_rows(by_name.get("many-experts")),
-    ]
+    rows = [*_loss_rows(by_name), *_step_rows(by_name)]
+    rows += [*_inner_step_rows(by_name), *_expert_rows(by_name.get("many-experts"))]
+    rows += [*_logged_step_rows(by_name), *_measurement_rows(by_name)]
+    rows += _optimizer_rows(by_name.get("optimizers"))
     rows += _sharded_rows(by_name.get("sharded"))
     rows.append(_self_test_row(by_name.get("self-test")))
     gather = by_name.get("te-fp8-gather")

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_llr.tools.self_test import cli
 
 
-def check(device: str, *, only: str) -> dict[str, Any]:
+def run_self_test(device: str, *, only: str) -> dict[str, Any]:
     """Run the self-test.
 
     Args:
