@@ -79,12 +79,15 @@ def test_bytes_from_many_files_in_their_order(tmp_path: Path) -> None:
 def test_few_documents_are_warned_about_with_a_split_that_works(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one\nmore\n")
     one = preprocess(tmp_path / "one.txt", "--output", tmp_path / "one")
-    assert f"--data-path {tmp_path / 'one'} --split 1,0,0 --eval-iters 0 --tok" in one.stdout
-    assert "would leave the validation and test split empty, with documents: 1." in one.stderr
+    assert f"--data-path {tmp_path / 'one'} " in one.stdout
+    assert one.stdout.endswith(" --split 100,0,0 --eval-iters 0\n")
+    assert "The dataset has one document, which cannot be split" in one.stderr
+    assert "set --documents paragraph or line" in one.stderr
     two = preprocess(
         tmp_path / "one.txt", "--documents", "line", "--output", tmp_path / "two"
     )  # fmt: skip
-    assert "--split 1,1,0 --tokenizer-type" in two.stdout
+    assert two.stdout.endswith(" --split 1,1,0\n")
+    assert "The dataset has 2 documents, too few for Megatron's default --split" in two.stderr
     write_jsonl(tmp_path / "many.jsonl", TEXTS * 2)
     many = preprocess(tmp_path / "many.jsonl", "--output", tmp_path / "many")
     assert "--split" not in many.stdout

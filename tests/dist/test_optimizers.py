@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from harness import Run, train
 
-from megatron_llr.megatron import flags as megatron_flags
+from megatron_llr.megatron import package_needs
 from tests.dist.models import MODELS
 
 _TP2 = "--tensor-model-parallel-size 2"
@@ -168,7 +168,7 @@ def test_adaptive_muon_is_refused_since_plain_megatron_cannot_run_it() -> None:
 
 @pytest.mark.world_size(1)
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_flags, "find_spec", lambda name: None)
+    monkeypatch.setattr(package_needs, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'megatron-llr\[muon\]'"):
         train("--optimizer muon")
 
