@@ -38,7 +38,7 @@ side-by-side:
 	@log=$$(mktemp); \
 	{ $(PYTHON) tests/torchrun.py 1 && $(PYTEST) tests/unit tests/docs && \
 		$(PYTHON) tests/torchrun.py 2; } >$$log 2>&1 & others=$$!; \
-	$(PYTEST) tests/cli; cli=$$?; \
+	$(PYTEST) --durations 25 tests/cli; cli=$$?; \
 	wait $$others; status=$$?; echo "== world size 1, unit, docs, world size 2"; cat $$log; rm $$log; \
 	[ $$cli -eq 0 ] && [ $$status -eq 0 ]
 

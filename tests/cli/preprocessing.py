@@ -5,30 +5,44 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import IO
+
+from megatron_llr.megatron import launch
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, "tools/preprocess_data.py"]
+_IMPORTED = ("megatron.core.datasets.indexed_dataset", "transformers")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def preprocess(
-    *arguments: object, limit: Callable[[], None] | None = None
+def forked(
+    *arguments: object,
+    stdin: IO[bytes] | bytes = b"",
+    limit: Callable[[], None] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*TOOL, *map(str, arguments)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        preexec_fn=limit,
-    )
+    """A program in a process that need not import what the tool needs."""
+    launch.prepare_device(["--llr-device", "cpu"])
+    for module in _IMPORTED:
+        import_module(module)
+    return run_forked(arguments, cwd=ROOT, env=ENVIRONMENT, stdin=stdin, limit=limit)
+
+
+def preprocess(
+    *arguments: object,
+    stdin: IO[bytes] | bytes = b"",
+    limit: Callable[[], None] | None = None,
+) -> "subprocess.CompletedProcess[str]":
+    """Run the tool."""
+    return forked(*TOOL[1:], *arguments, stdin=stdin, limit=limit)
 
 
 def peak_memory(*arguments: object) -> int:
     """Bytes of memory that the tool used at its peak; it must succeed."""
-    # Not `ru_maxrss`, which a child inherits from its parent.
+    # Not `ru_maxrss`, which a child inherits from its parent. The memory of this process counts,
+    # and is the same in every call.
     program = (
         "import re, sys\n"
         "from pathlib import Path\n"
@@ -37,10 +51,7 @@ def peak_memory(*arguments: object) -> int:
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = forked("-c", program, *arguments)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1]) * 1024
 

@@ -1,17 +1,12 @@
 """tools/preprocess_data.py: its output, the input it refuses, and that no partial file is left."""
 
 import gzip
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.cli.preprocessing import (
-    ENVIRONMENT,
     ROOT,
     assert_nothing_left,
     preprocess,
@@ -211,68 +206,29 @@ REFUSED = {
 }
 
 
-SERVER = """
-import contextlib, io, json, sys
-from megatron_llr.tools.preprocess import cli
-for line in sys.stdin:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = cli.main(json.loads(line))
-    print(json.dumps([code, said.getvalue()]), flush=True)
-"""
-
-Tool = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Iterator[Tool]:
-    """Calls the tool many times in one separate process; returns exit code and stderr."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def call(*arguments: object) -> tuple[int, str]:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        print(json.dumps([str(argument) for argument in arguments]), file=server.stdin, flush=True)
-        code, said = json.loads(server.stdout.readline())
-        return int(code), str(said)
-
-    yield call
-    server.stdin.close()
-    server.stdout.close()
-    assert server.wait(timeout=60) == 0
-
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_and_leaves_nothing(
-    case: str,
-    tmp_path: Path,
-    tokenizer: Path,
-    tool: Tool,
+    case: str, tmp_path: Path, tokenizer: Path
 ) -> None:
     make, parts = REFUSED[case]
     (tmp_path / "out").mkdir()
     arguments = [tokenizer if given == "TOKENIZER" else given for given in make(tmp_path)]
-    code, said = tool(*arguments, "--output", tmp_path / "out" / "set")
-    assert code == 1
-    (line,) = said.splitlines()
+    done = preprocess(*arguments, "--output", tmp_path / "out" / "set")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
     for part in parts:
         assert part in line
     assert_nothing_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["", "."])
-def test_a_folder_as_output_is_refused(name: str, tmp_path: Path, tool: Tool) -> None:
+def test_a_folder_as_output_is_refused(name: str, tmp_path: Path) -> None:
     """Also if the input is malformed, because the output is checked first."""
     source = line_7_is_broken(tmp_path)[0]
     (tmp_path / "out").mkdir()
-    code, said = tool(source, "--output", f"{tmp_path}/out/{name}")
-    assert code == 1
-    (line,) = said.splitlines()
+    done = preprocess(source, "--output", f"{tmp_path}/out/{name}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
     assert f"The output {tmp_path}/out/{name} has no file name. It must be the path" in line
     assert "such as data/corpus. Add a name to --output" in line
     assert_nothing_left(tmp_path, "in.jsonl", "out")
@@ -287,29 +243,30 @@ def test_an_error_in_a_worker_is_reported_the_same_way(tmp_path: Path) -> None:
     assert_nothing_left(tmp_path, "in.jsonl")
 
 
-def test_an_existing_dataset_is_kept_without_overwrite(tmp_path: Path, tool: Tool) -> None:
+def test_an_existing_dataset_is_kept_without_overwrite(tmp_path: Path) -> None:
     old, new = (write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in ("old", "new"))
     prefix = tmp_path / "set"
-    assert tool(old, "--output", prefix)[0] == 0
-    code, said = tool(new, "--output", prefix)
-    assert code == 1
-    assert "The output already exists: " in said
-    assert "--overwrite" in said
+    assert preprocess(old, "--output", prefix).returncode == 0
+    done = preprocess(new, "--output", prefix)
+    assert done.returncode == 1
+    assert "The output already exists: " in done.stderr
+    assert "--overwrite" in done.stderr
     # A failure with --overwrite keeps the old dataset.
-    assert tool(*no_such_key(tmp_path), "--overwrite", "--output", prefix)[0] == 1
+    failed = preprocess(*no_such_key(tmp_path), "--overwrite", "--output", prefix)
+    assert failed.returncode == 1
     assert read(prefix)[1] == [[*b"old", 256]]
-    done = tool(new, "--output", prefix, "--overwrite", "--no-append-eod")
-    assert done[0] == 0
+    done = preprocess(new, "--output", prefix, "--overwrite", "--no-append-eod")
+    assert done.returncode == 0
     assert read(prefix)[1] == [[*b"new"]]
 
 
-def test_a_full_disk(tmp_path: Path, tool: Tool) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     """The data file is a link to a device that is always full."""
     source = write_jsonl(tmp_path / "in.jsonl", ["x" * 100_000])
     (tmp_path / "set.part.bin").symlink_to("/dev/full")
-    code, said = tool(source, "--output", tmp_path / "set")
-    assert code == 1
-    assert "set: No space left on device" in said
+    done = preprocess(source, "--output", tmp_path / "set")
+    assert done.returncode == 1
+    assert "set: No space left on device" in done.stderr
     assert_nothing_left(tmp_path, "in.jsonl")
 
 

@@ -2,7 +2,6 @@
 
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tests.cli.preprocessing import (
     ROOT,
     TOOL,
     assert_nothing_left,
+    forked,
     preprocess,
     write_jsonl,
 )
@@ -47,8 +47,7 @@ def test_a_dataset_that_differs_when_read_back_is_removed(tmp_path: Path) -> Non
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     source = write_jsonl(tmp_path / "in.jsonl", ["abc"])
-    command = [sys.executable, "-c", program, str(source), "--output", str(tmp_path / "set")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked("-c", program, source, "--output", tmp_path / "set")
     assert done.returncode == 1
     assert "set has (documents, tokens, bytes, checksum) (1, 4, 8, " in done.stderr
     assert_nothing_left(tmp_path, "in.jsonl")

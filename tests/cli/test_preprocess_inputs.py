@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.cli.preprocessing import (
     ROOT,
     TOOL,
     assert_nothing_left,
+    forked,
     peak_memory,
     preprocess,
     write_jsonl,
@@ -43,11 +43,8 @@ def test_standard_input_and_named_pipes_give_the_bytes_of_the_file(tmp_path: Pat
     writer.join()
     assert done.returncode == 0, done.stderr
     gz = subprocess.run(["gzip", "-c", source], capture_output=True, check=True).stdout
-    done_bytes = subprocess.run(
-        [*TOOL, "/dev/stdin", "--output", str(tmp_path / "stdin_set")],
-        cwd=ROOT, env=ENVIRONMENT, input=gz, capture_output=True,
-    )  # fmt: skip
-    assert done_bytes.returncode == 0, done_bytes.stderr
+    done = preprocess("/dev/stdin", "--output", tmp_path / "stdin_set", stdin=gz)
+    assert done.returncode == 0, done.stderr
     for suffix in ("bin", "idx"):
         expected = (tmp_path / f"file.{suffix}").read_bytes()
         assert (tmp_path / f"fifo_set.{suffix}").read_bytes() == expected
@@ -55,12 +52,9 @@ def test_standard_input_and_named_pipes_give_the_bytes_of_the_file(tmp_path: Pat
 
 
 def test_a_pipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*TOOL, "/dev/stdin", "--output", str(tmp_path / "set")],
-        cwd=ROOT, env=ENVIRONMENT, input=b"PAR1\x15\0", capture_output=True,
-    )  # fmt: skip
+    done = preprocess("/dev/stdin", "--output", tmp_path / "set", stdin=b"PAR1\x15\0")
     assert done.returncode == 1
-    (line,) = done.stderr.decode().splitlines()
+    (line,) = done.stderr.splitlines()
     assert "/dev/stdin is not text: its first bytes are those of Parquet" in line
     assert_nothing_left(tmp_path)
 
@@ -107,10 +101,7 @@ def test_a_signal_between_the_renames_leaves_no_half_of_a_dataset(tmp_path: Path
     for step in (1, 2):
         assert preprocess(source, "--output", tmp_path / "set", "--overwrite").returncode == 0
         arguments = [str(source), "--output", str(tmp_path / "set"), "--overwrite"]
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(step), *arguments],
-            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-        )  # fmt: skip
+        done = forked("-c", program, step, *arguments)
         assert done.returncode == 143, done.stderr
         assert_nothing_left(tmp_path, "in.jsonl")
 
@@ -177,9 +168,9 @@ def test_a_document_from_a_pipe_is_refused_when_it_becomes_too_long(tmp_path: Pa
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
-        done = subprocess.run(
-            [sys.executable, "-c", program, "/dev/stdin", "--output", str(tmp_path / "set")],
-            cwd=ROOT, env=ENVIRONMENT, stdin=yes.stdout, capture_output=True, text=True,
+        assert yes.stdout is not None
+        done = forked(
+            "-c", program, "/dev/stdin", "--output", tmp_path / "set", stdin=yes.stdout
         )  # fmt: skip
         with contextlib.suppress(ProcessLookupError):
             yes.kill()
