@@ -27,7 +27,7 @@ def run_forked(
     env: Mapping[str, str],
     stdin: IO[bytes] | bytes = b"",
     limit: Callable[[], None] | None = None,
-    timeout: float = 240,
+    timeout: float = 1800,
 ) -> "subprocess.CompletedProcess[str]":
     """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`.
 

@@ -22,7 +22,7 @@ def run(script: str, *flags: str, **variables: str) -> "subprocess.CompletedProc
         env={**environment(), "PYTHON": sys.executable, **variables},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1800,
     )
 
 

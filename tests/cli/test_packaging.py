@@ -68,7 +68,7 @@ def run(programs: Path, folder: Path, *command: str) -> "subprocess.CompletedPro
         env={**outside, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1800,
     )
 
 

@@ -76,7 +76,7 @@ def test_a_signal_while_it_waits_for_a_pipe(tmp_path: Path) -> None:
     while not (tmp_path / "set.part.bin").exists() and tool.poll() is None:
         time.sleep(0.01)
     tool.send_signal(signal.SIGTERM)
-    _, errors = tool.communicate(timeout=120)
+    _, errors = tool.communicate(timeout=1800)
     assert (tool.returncode, "Traceback" in errors) == (143, False)
     assert_nothing_left(tmp_path, "fifo")
 

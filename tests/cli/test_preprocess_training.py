@@ -34,7 +34,7 @@ def train(flags: list[str], folder: Path) -> str:
             *("--data-cache-path", str(folder / "cache"), *flags),
         ],
         cwd=ROOT, env={**ENVIRONMENT, **job, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout

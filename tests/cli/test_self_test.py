@@ -57,7 +57,7 @@ def statuses(row: dict[str, Any]) -> list[str]:
 
 def test_every_check_passes_on_two_ranks(tmp_path: Path) -> None:
     job = start(tmp_path, "--only", "ep2-overlap-bf16,fp8-delayed")
-    output, _ = job.communicate(timeout=400)
+    output, _ = job.communicate(timeout=1800)
     assert job.returncode == 0, output[-3000:]
     result = document(tmp_path)
     assert result["result"] == "ok"
@@ -87,7 +87,7 @@ def test_every_check_passes_on_four_ranks(tmp_path: Path) -> None:
     """Tensor, sequence, pipeline and expert parallelism in one layout."""
     layouts = ["experts-distopt-bf16", "tp2-sp-pp2-ep2-distopt-bf16"]
     job = start(tmp_path, "--only", layouts[1], "--timeout", "240", ranks=4)
-    output, _ = job.communicate(timeout=600)
+    output, _ = job.communicate(timeout=1800)
     assert job.returncode == 0, output[-3000:]
     rows = document(tmp_path)["rows"]
     assert [row["layout"] for row in rows] == layouts
@@ -97,7 +97,7 @@ def test_every_check_passes_on_four_ranks(tmp_path: Path) -> None:
 def test_a_layout_that_fails_is_a_row_and_the_exit_code_is_1(tmp_path: Path) -> None:
     """Megatron refuses NCCL_ALGO=Tree in deterministic mode, on all ranks alike."""
     job = start(tmp_path, "--only", "dp-overlap-bf16", ranks=1, NCCL_ALGO="Tree")
-    output, _ = job.communicate(timeout=300)
+    output, _ = job.communicate(timeout=1800)
     assert job.returncode == 1
     result = document(tmp_path)
     assert (result["result"], result["problems"]) == ("FAILED", [])
@@ -117,7 +117,7 @@ def test_an_error_on_one_rank_ends_the_job_with_its_text(tmp_path: Path) -> None
     odd = tmp_path / "odd_node.py"
     odd.write_text(ODD_NODE)
     job = start(tmp_path, "--only", "dp", script=str(odd))
-    output, _ = job.communicate(timeout=300)
+    output, _ = job.communicate(timeout=1800)
     assert job.returncode == 1
     (problem,) = document(tmp_path)["problems"]
     assert problem.startswith("rank 1 on ")
@@ -130,7 +130,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     """SIGSTOP in the middle of a run; the limit is long enough for a busy machine."""
     job = start(tmp_path, "--only", "dp,dp-overlap-bf16", "--timeout", "45")
     log = tmp_path / "out" / "result.logs" / "rank-1.log"
-    until = time.monotonic() + 240
+    until = time.monotonic() + 1800
     while not (log.exists() and "iteration        1/" in log.read_text(errors="replace")):
         assert time.monotonic() < until
         assert job.poll() is None
@@ -147,7 +147,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
             break
     # torchrun would wait half a minute for it.
     rank.kill()
-    job.communicate(timeout=120)
+    job.communicate(timeout=1800)
     assert job.returncode == 1
     (problem,) = document(tmp_path)["problems"]
     first, *others = problem.splitlines()
@@ -179,7 +179,7 @@ def test_a_wrong_flag_is_one_line(flags: list[str], error: str, tmp_path: Path) 
         env={**environment(), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 1

@@ -42,7 +42,7 @@ def test_a_signal_removes_the_staged_folder(
     assert tool.stdout.readline() == "ready\n"
     tool.send_signal(number)
     tool.send_signal(number)
-    _, errors = tool.communicate(timeout=60)
+    _, errors = tool.communicate(timeout=1800)
     assert tool.returncode == code
     assert errors == f"-c: stopped by {number.name}\n"
     assert_nothing_left(tmp_path)
@@ -61,7 +61,7 @@ def test_a_terminal_signals_all_processes_of_the_preprocessing_tool(
     while not (written.exists() and written.stat().st_size) and tool.poll() is None:
         time.sleep(0.01)
     os.killpg(tool.pid, number)
-    _, errors = tool.communicate(timeout=120)
+    _, errors = tool.communicate(timeout=1800)
     assert tool.returncode == code
     assert "Traceback" not in errors
     assert f"stopped by {number.name}" in errors
@@ -79,7 +79,7 @@ def test_a_closed_pipe_is_no_traceback(lines: int) -> None:
     os.close(reader)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, stdout=writer,
-        stderr=subprocess.PIPE, text=True, timeout=60,
+        stderr=subprocess.PIPE, text=True, timeout=1800,
     )  # fmt: skip
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

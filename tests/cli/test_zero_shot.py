@@ -17,7 +17,7 @@ def zero_shot(folder: Path, *flags: str, **variables: str) -> "subprocess.Comple
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": paths, **variables}
     return subprocess.run(
         ["bash", "examples/zero_shot.sh", str(folder), *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def _process_group() -> Iterator[None]:
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "29511")
     # A test that would hang ends with an error instead.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     yield
     dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ def limited(kind: str, limit: int, *arguments: object) -> "subprocess.CompletedP
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
 

@@ -188,6 +188,6 @@ def test_generate_text_works_on_an_export(trained: Path, tmp_path: Path) -> None
             generate(*arguments, 3)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "examples/generate_text.py", tmp_path / "nowhere", "x"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
