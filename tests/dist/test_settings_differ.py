@@ -48,12 +48,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "spectrum_source": {"spectrum_source": "master"},
     "farms_rows": {"farms_rows": 100},
     "farms_windows": {"farms_windows": 2},
+    "hyperball": {"hyperball": True},
+    "hyperball_lr": {"hyperball": True, "hyperball_lr": 0.01},
     "measure_memory": {"measure_memory": 1.0},
     "log_matrices": {"log_matrices": "roles"},
     "log_relative_update": {"log_relative_update": True},
     "skip_unknown": {"skip_unknown": True},
     "reset_state": {"reset_state": True},
 }
+# Fields that need another one, which is reported first.
+NEEDED = {"role_table": "policy", "hyperball_lr": "hyperball"}
 OTHERS_OF_THE_SCRIPT: dict[str, Any] = {
     "dry_run": True,
     "explain": "head",
@@ -89,12 +93,12 @@ def test_a_flag_that_differs_is_named(field: str) -> None:
     with pytest.raises(RuntimeError) as caught:
         assembly.require_same_settings(by_rank(before, after))
     text = told_everywhere(caught)
-    named = "policy" if field == "role_table" else field
+    named = NEEDED.get(field, field)
     old, new = getattr(before, named), getattr(after, named)
     assert f"{flag(named)} differs between ranks: {old!r} on rank 0, {new!r} on rank 1" in text
     assert f". Give every rank the same {flag(named)}." in text
-    if field == "role_table":
-        assert f"also different: {flag('role_table')}" in text
+    if field in NEEDED:
+        assert f"also different: {flag(field)}" in text
 
 
 @pytest.mark.parametrize("name", OTHERS_OF_THE_SCRIPT)
