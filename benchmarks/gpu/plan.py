@@ -143,6 +143,9 @@ def cases(*, toy: bool) -> list[Case]:
     overlap = (*DETERMINISTIC, *OVERLAP, *UNIFORM)
     updates = (*DETERMINISTIC, *UNIFORM, "--llr-log-relative-update")
     kernels = {size: {"model": size} for size in ("60M", "350M")}
+    hyperball = {
+        size: {"model": "tiny", "repeats": 2} if toy else kernels[size] for size in kernels
+    }
     engine: dict[str, Any] = {"toy": toy, "engine": True}
     all_cases = [
         *_pair("bf16", "60M", toy=toy),
@@ -158,6 +161,10 @@ def cases(*, toy: bool) -> list[Case]:
         *(
             Case(f"inner-step-{size}", "kernels:time_inner_steps", 60, each, gpu_only=True)
             for size, each in kernels.items()
+        ),
+        *(
+            Case(f"hyperball-step-{size}", "kernels:time_hyperball_steps", 60, each)
+            for size, each in hyperball.items()
         ),
         Case("logged-step-350M", "kernels:time_logged_step", 60, kernels["350M"], gpu_only=True),
         *(_measured(size, toy=toy) for size in SHAPES),

@@ -143,6 +143,23 @@ def _inner_step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
             yield f"{question}, {result['optimizer']}", figure, note
 
 
+def _hyperball_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
+    for size in ("60M", "350M"):
+        outcome = outcomes.get(f"hyperball-step-{size}")
+        question = f"inner step() of {size}, hyperball / plain AdamW"
+        if outcome is None or _missing(outcome):
+            yield question, "-", _missing(outcome)
+            continue
+        result, times = outcome.result, outcome.result["milliseconds"]
+        note = (
+            f"ratio {result['hyperball over plain AdamW']:.3f}; "
+            f"{result['hyperball over floor']:.3f} of the time to copy "
+            f"{result['bytes an element']} bytes an element; {result['matrices']} matrices; "
+            f"--llr-step grouped {times['hyperball, grouped']:.2f} ms"
+        )
+        yield question, f"{times['hyperball']:.2f} / {times['plain AdamW']:.2f} ms", note
+
+
 def _logged_step_rows(outcomes: Mapping[str, Outcome]) -> Iterator[TableRow]:
     outcome, steps = outcomes.get("logged-step-350M"), outcomes.get("in-turn-350M")
     question = "logged step of 350M over an unlogged one"
@@ -216,7 +233,8 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[TableRow]:
     by_name = {outcome.name: outcome for outcome in outcomes}
     rows = [*_loss_rows(by_name), *_step_rows(by_name)]
     rows += [*_inner_step_rows(by_name), *_expert_rows(by_name.get("many-experts"))]
-    rows += [*_logged_step_rows(by_name), *_measurement_rows(by_name)]
+    rows += [*_hyperball_rows(by_name), *_logged_step_rows(by_name)]
+    rows += _measurement_rows(by_name)
     rows += _optimizer_rows(by_name.get("optimizers"))
     rows += _sharded_rows(by_name.get("sharded"))
     rows.append(_self_test_row(by_name.get("self-test")))

@@ -23,7 +23,6 @@ from megatron_llr.megatron.stepped_tensors import (
     inner_optimizers,
     leaf_optimizers,
     stepped_domains,
-    stepped_tensors_of,
 )
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.policies import acts_on, read_role_table
@@ -156,17 +155,16 @@ def name_weights(
     return NamedWeights(config, model_chunks, catalog.shards, shards, matrix_index)
 
 
-def _require_fp32_weights(optimizer: Any) -> None:
-    """Refuse hyperball steps of an optimizer whose fp32 weights are not the tensors it steps."""
-    for leaf in leaf_optimizers(optimizer):
-        for stepped in stepped_tensors_of(leaf):
-            if stepped.tensor.dtype != torch.float32:
-                raise input_error(
-                    f"{flag('hyperball')} needs fp32 weights in the optimizer, and those of "
-                    f"{type(leaf.optimizer).__name__} are {stepped.tensor.dtype}. Leave out "
-                    "--use-precision-aware-optimizer, which keeps them elsewhere, or "
-                    f"{flag('hyperball')}."
-                )
+def _require_fp32_weights(groups: LayerGroups) -> None:
+    """Refuse hyperball steps where no fp32 weights are stepped."""
+    lacking = groups.without_fp32_weights
+    if lacking:
+        name, dtype = next(iter(lacking.items()))
+        raise input_error(
+            f"{flag('hyperball')} needs fp32 weights in the optimizer, and those of {name} are "
+            f"{dtype}. With --use-precision-aware-optimizer they can be stepped only where "
+            f"{flag('step')} fused is possible. Leave out that flag or {flag('hyperball')}."
+        )
 
 
 def assemble(optimizer: Any, weights: NamedWeights) -> None:
@@ -178,8 +176,6 @@ def assemble(optimizer: Any, weights: NamedWeights) -> None:
     config = weights.config
     for leaf in leaf_optimizers(optimizer):
         refuse_unsteppable(leaf.config)
-    if config.hyperball:
-        together(lambda: _require_fp32_weights(optimizer))
     if hasattr(optimizer, _ATTRIBUTE):
         raise input_error(
             "This optimizer already has layer groups, and a second LLRConfig was given. Give one "
@@ -200,6 +196,8 @@ def assemble(optimizer: Any, weights: NamedWeights) -> None:
             domains=stepped_domains(optimizer) if config.hyperball else (),
         )
     )
+    if config.hyperball:
+        together(lambda: _require_fp32_weights(groups))
     inseparable: dict[str, str] = {}
     for reported in gather_distinct(groups.inseparable):
         inseparable.update(reported)

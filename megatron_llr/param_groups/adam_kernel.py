@@ -20,6 +20,27 @@ _WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def normalized(  # type: ignore[no-untyped-def]
+    m,
+    v,
+    correction1,
+    correction2,
+    eps,
+    TORCH_ORDER: tl.constexpr,
+) -> tl.tensor:
+    """The update of Adam at rate 1; in torch's order without the correction of the first moment."""
+    if TORCH_ORDER:
+        # torch/optim/adam.py: square root of the correction.
+        denominator = tl.div_rn(tl.sqrt_rn(v), correction2) + eps
+        update = tl.div_rn(m, denominator)
+    else:
+        # AdamFunctor of apex and Transformer Engine.
+        denominator = tl.sqrt_rn(tl.div_rn(v, correction2)) + eps
+        update = tl.div_rn(tl.div_rn(m, correction1), denominator)
+    return update
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _step_kernel(  # type: ignore[no-untyped-def]
     parameters,  # [T] int64 addresses of fp32 weights
     gradients,  # [T] int64 addresses, 0 if a tensor has no gradient
@@ -32,6 +53,8 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     chunk_first,  # [C] int64
     chunk_length,  # [C] int32
     chunk_row,  # [C] int32
+    row_matrix,  # [R] int32, read if HYPERBALL: -1 where the weights are stepped
+    partials,  # [C, 3] fp64, written if HYPERBALL: sums of |W|^2, |u|^2, <W, u>
     tensors,
     rows,
     beta1,
@@ -43,24 +66,33 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     TORCH_ORDER: tl.constexpr,
     BF16_GRADIENT: tl.constexpr,
     HAS_COPY: tl.constexpr,
+    HYPERBALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensor + program)
+    first = tl.load(chunk_first + program)
+    length = tl.load(chunk_length + program)
+    row = tl.load(chunk_row + program)
     gradient_address = tl.load(gradients + tensor)
+    fp32 = tl.pointer_type(tl.float32)
+    bf16 = tl.pointer_type(tl.bfloat16)
+    p_start = tl.load(parameters + tensor).to(fp32) + first
+    if HYPERBALL:
+        is_stepped = tl.load(row_matrix + row) < 0
+        weights = tl.zeros((BLOCK,), tl.float64)
+        directions = tl.zeros((BLOCK,), tl.float64)
+        products = tl.zeros((BLOCK,), tl.float64)
     if gradient_address != 0:
-        first = tl.load(chunk_first + program)
-        length = tl.load(chunk_length + program)
-        row = tl.load(chunk_row + program)
         rate = tl.load(rates + row)
         decay = tl.load(rates + rows + row)
         correction1 = tl.load(corrections + tensor)
         correction2 = tl.load(corrections + tensors + tensor)
-        fp32 = tl.pointer_type(tl.float32)
-        bf16 = tl.pointer_type(tl.bfloat16)
-        p_start = tl.load(parameters + tensor).to(fp32) + first
         m_start = tl.load(first_moments + tensor).to(fp32) + first
         v_start = tl.load(second_moments + tensor).to(fp32) + first
+        size = rate
+        if TORCH_ORDER:
+            size = tl.div_rn(rate, correction1)
         if BF16_GRADIENT:
             g_start = gradient_address.to(bf16) + first
         else:
@@ -77,27 +109,43 @@ def _step_kernel(  # type: ignore[no-untyped-def]
             if not DECOUPLED:
                 g += decay * p
             if TORCH_ORDER:
-                # torch/optim/adam.py: lerp, decay before the update, square root of the correction.
                 m += one_minus_beta1 * (g - m)
-                v = beta2 * v + one_minus_beta2 * g * g
-                if DECOUPLED:
-                    p *= 1 - rate * decay
-                denominator = tl.div_rn(tl.sqrt_rn(v), correction2) + eps
-                p -= tl.div_rn(rate, correction1) * tl.div_rn(m, denominator)
             else:
-                # AdamFunctor of apex and Transformer Engine: decay is part of the update.
                 m = beta1 * m + one_minus_beta1 * g
-                v = beta2 * v + one_minus_beta2 * g * g
-                denominator = tl.sqrt_rn(tl.div_rn(v, correction2)) + eps
-                update = tl.div_rn(tl.div_rn(m, correction1), denominator)
-                if DECOUPLED:
+            v = beta2 * v + one_minus_beta2 * g * g
+            update = normalized(m, v, correction1, correction2, eps, TORCH_ORDER)
+            if HYPERBALL:
+                # Rate 1 and decay 0: the update is u.
+                weight = tl.where(inside, p, 0.0).to(tl.float64)
+                direction = tl.where(inside, size * update, 0.0).to(tl.float64)
+                weights += weight * weight
+                directions += direction * direction
+                products += weight * direction
+            if DECOUPLED:
+                # torch decays before the update; in the other order decay is a part of it.
+                if TORCH_ORDER:
+                    p *= 1 - rate * decay
+                else:
                     update += decay * p
-                p -= rate * update
-            tl.store(p_start + index, p, mask=inside)
+            p -= size * update
             tl.store(m_start + index, m, mask=inside)
             tl.store(v_start + index, v, mask=inside)
+            if HYPERBALL:
+                inside = inside & is_stepped
+            tl.store(p_start + index, p, mask=inside)
             if HAS_COPY:
                 tl.store(copy_start + index, p.to(tl.bfloat16), mask=inside)
+    else:
+        if HYPERBALL:
+            for start in range(0, length, BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                weight = tl.load(p_start + index, mask=index < length, other=0.0).to(tl.float64)
+                weights += weight * weight
+    if HYPERBALL:
+        sums = partials + 3 * program
+        tl.store(sums, tl.sum(weights, axis=0))
+        tl.store(sums + 1, tl.sum(directions, axis=0))
+        tl.store(sums + 2, tl.sum(products, axis=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +212,27 @@ class Formula:
     has_copy: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class DirectionSums:
+    """What a launch sums instead of stepping the weights of matrices with a hyperball step.
+
+    Attributes:
+        row_matrix: [R] int32, matrix of every row of rates; -1 where the weights are stepped.
+        partials: [C, 3] fp64, written: sums of |W|^2, |u|^2 and <W, u> over every chunk, with u the
+            update at the rate of its row, which is 1 with decay 0 for these matrices.
+    """
+
+    row_matrix: torch.Tensor
+    partials: torch.Tensor
+
+
 def launch_adam(
     formula: Formula,
     chunks: Chunks,
     addresses: torch.Tensor,
     corrections: torch.Tensor,
     rates: torch.Tensor,
+    sums: DirectionSums | None = None,
 ) -> None:
     """Step every chunk whose tensor has a gradient, on the current stream; no synchronization.
 
@@ -181,6 +244,7 @@ def launch_adam(
         corrections: [2, T] fp32 bias corrections of the moments, 1 - beta ** step. In torch's order
             the second is its square root.
         rates: [2, R] fp32 learning rates and weight decays.
+        sums: of matrices with a hyperball step, of which only the moments are stepped.
     """
     count = chunks.tensor.numel()
     if count == 0:
@@ -194,6 +258,8 @@ def launch_adam(
         chunks.first,
         chunks.length,
         chunks.row,
+        chunks.row if sums is None else sums.row_matrix,
+        chunks.row if sums is None else sums.partials,
         addresses.shape[1],
         rates.shape[1],
         beta1,
@@ -207,6 +273,7 @@ def launch_adam(
         TORCH_ORDER=formula.torch_order,
         BF16_GRADIENT=formula.bf16_gradient,
         HAS_COPY=formula.has_copy,
+        HYPERBALL=sums is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )

@@ -22,15 +22,15 @@ from megatron_llr.param_groups.fused_support import (
     reason_unsupported,
     require_readable,
 )
-from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
+from megatron_llr.param_groups.rate_rows import RateRow, rate_rows
+from megatron_llr.param_groups.stepped_tensor import Factors, TensorMatrices
 
 if TYPE_CHECKING:
     from megatron_llr.param_groups.adam_kernel import Chunks, Formula
+    from megatron_llr.param_groups.fused_hyperball import FusedProjection
+    from megatron_llr.param_groups.hyperball import HyperballStep
 
 logger = logging.getLogger(__name__)
-
-_NO_MATRIX = MatrixId("none")
-"""Matrix id of elements that belong to no matrix. Their multiplier is 1."""
 
 
 def fused_step(
@@ -69,7 +69,8 @@ class FusedAdamStep:
     The tables of chunks are built once, and again when tensors, their memory, their matrices or the
     dtype of their gradients change. A step uploads the addresses of gradients if any has changed,
     and one small table of rates and bias corrections. It does not wait for the device. There is one
-    launch for each combination of betas, eps, and dtypes of gradients and weights.
+    launch for each combination of betas, eps, and dtypes of gradients and weights; with hyperball
+    steps there are two.
 
     Args:
         optimizer: the inner optimizer.
@@ -97,6 +98,8 @@ class FusedAdamStep:
         self._counters: list[Any] = []
         self._gradient_memory: list[int] = []
         self._launches: list[tuple[Formula, Chunks]] = []
+        self._hyperball: HyperballStep | None = None
+        self._projection: FusedProjection | None = None
         self._multipliers: Mapping[MatrixId, float] | None = None
         self._counts: torch.Tensor | None = None
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget_counts())
@@ -104,6 +107,15 @@ class FusedAdamStep:
     def forget_counts(self) -> None:
         """Read the step counters again before the next step, after a step that was not fused."""
         self._counts = None
+
+    def start_hyperball(self, hyperball: "HyperballStep") -> None:
+        """Use a hyperball step for its matrices from the next step on."""
+        self._hyperball = hyperball
+        self._tensors = []
+
+    def has_fp32_weights(self, tensor: torch.Tensor) -> bool:
+        """Whether the weights that a step changes are fp32: a tensor, or those in its state."""
+        return tensor.dtype == torch.float32 or self._layouts[tensor.dtype].has_master
 
     def takes_gradients(self) -> bool:
         """Whether all gradients are dense, contiguous, and fp32 or bf16."""
@@ -130,15 +142,18 @@ class FusedAdamStep:
             self._upload(torch.tensor(addresses), self._addresses[1])
         if self._multipliers is not multipliers:
             self._multipliers = multipliers
-            pairs = [factors(multipliers.get(matrix, 1.0)) for _, matrix in self._rows]
+            pairs = [factors(multipliers.get(row.matrix, 1.0)) for row in self._rows]
             self._row_factors = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t()
         self._count(groups, gradients, states)
         self._upload(self._corrections_and_rates(groups), self._table)
         split = 2 * len(self._tensors)
         corrections, rates = self._table[:split].view(2, -1), self._table[split:].view(2, -1)
         with torch.cuda.device_of(self._table):
-            for formula, chunks in self._launches:
-                launch_adam(formula, chunks, self._addresses, corrections, rates)
+            for index, (formula, chunks) in enumerate(self._launches):
+                sums = None if self._projection is None else self._projection.sums[index]
+                launch_adam(formula, chunks, self._addresses, corrections, rates, sums)
+            if self._projection is not None:
+                self._projection.project(multipliers, self._addresses, corrections)
 
     def _listed(self) -> list[torch.Tensor]:
         return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
@@ -197,7 +212,7 @@ class FusedAdamStep:
         from megatron_llr.param_groups.adam_kernel import Chunks, Formula
 
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
-        rows: dict[tuple[int, MatrixId], int] = {}
+        rows: dict[RateRow, int] = {}
         ranges: dict[Formula, list[tuple[int, int, Sequence[tuple[int, int]]]]] = {}
         for index, (tensor, dtype) in enumerate(zip(self._tensors, self._dtypes, strict=True)):
             group, layout = groups[group_of[index]], self._layouts[tensor.dtype]
@@ -210,16 +225,16 @@ class FusedAdamStep:
                 has_copy=layout.has_master,
             )
             _, parts = self._parts.get(id(tensor), (None, ()))
-            for matrix, of_matrix in _covering(parts, tensor.numel()):
-                row = rows.setdefault((group_of[index], matrix), len(rows))
-                ranges.setdefault(formula, []).append((index, row, of_matrix))
+            for row, of_row in rate_rows(tensor, parts, group_of[index], self._hyperball):
+                number = rows.setdefault(row, len(rows))
+                ranges.setdefault(formula, []).append((index, number, of_row))
         device = self._tensors[0].device
         self._launches = [
             (formula, Chunks.of(chunks, device)) for formula, chunks in ranges.items()
         ]
         self._rows = list(rows)
         self._group_of = torch.tensor(group_of)
-        self._row_group = torch.tensor([group for group, _ in self._rows])
+        self._row_group = torch.tensor([row.group for row in self._rows])
         weights, first, second, masters = torch.tensor(self._memory).view(4, -1).unbind(0)
         has_master = torch.tensor([self._layouts[t.dtype].has_master for t in self._tensors])
         self._addresses = torch.stack(
@@ -233,6 +248,10 @@ class FusedAdamStep:
         ).to(device)
         # Bias corrections [2, tensors], then rates [2, rows], in one tensor: one upload per step.
         self._table = torch.empty(2 * len(self._tensors) + 2 * len(self._rows), device=device)
+        if self._hyperball is not None:
+            from megatron_llr.param_groups.fused_hyperball import FusedProjection
+
+            self._projection = FusedProjection(self._hyperball, self._launches, self._rows)
 
     def _count(
         self,
@@ -305,24 +324,13 @@ class FusedAdamStep:
             corrections[1] = corrections[1].sqrt()
         on_rate, on_decay = self._row_factors
         rates = [rate[self._row_group] * on_rate, decay[self._row_group] * on_decay]
+        if self._projection is not None:
+            # The update of a matrix with a hyperball step is u: rate 1, decay 0.
+            is_plain = self._projection.is_plain
+            rates = [torch.where(is_plain, rates[0], 1.0), torch.where(is_plain, rates[1], 0.0)]
         return torch.cat([*corrections, *rates]).float()
 
     def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # torch reuses pinned memory only after the copies from it are complete.
         source = source.pin_memory() if is_on_cuda(target) else source
         target.copy_(source, non_blocking=True)
-
-
-def _covering(parts: tuple[MatrixRanges, ...], count: int) -> list[MatrixRanges]:
-    """Ranges that cover a tensor of `count` elements. Those of no matrix have id `_NO_MATRIX`."""
-    if len(parts) < 2:
-        # Rows that pad a vocabulary are stepped with its matrix.
-        return [(parts[0][0] if parts else _NO_MATRIX, ((0, count),))]
-    gaps, position = [], 0
-    for first, last in sorted(run for _, ranges in parts for run in ranges):
-        if first > position:
-            gaps.append((position, first))
-        position = max(position, last)
-    if position < count:
-        gaps.append((position, count))
-    return [*parts, (_NO_MATRIX, tuple(gaps))] if gaps else list(parts)

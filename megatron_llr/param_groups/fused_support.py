@@ -21,6 +21,25 @@ def is_on_cuda(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and tensor.device.type == "cuda"
 
 
+def upload(source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a CPU tensor on a device, on the current stream; the CPU does not wait for it."""
+    # torch reuses pinned memory only after the copies from it are complete.
+    source = source.pin_memory() if device.type == "cuda" else source
+    return source.to(device, non_blocking=True)
+
+
+def is_readable_by_kernels(tensor: torch.Tensor) -> bool:
+    """Whether kernels, which get only addresses, can read a tensor."""
+    # A subclass (quantized, distributed) may store its elements in another form.
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.dtype in _DTYPES
+        and tensor.is_contiguous()
+        and (is_on_cuda(tensor) or os.environ.get("TRITON_INTERPRET") == "1")
+        and find_spec("triton") is not None
+    )
+
+
 def reason_unsupported(optimizer: torch.optim.Optimizer) -> str | None:
     """One sentence on why the fused step does not support an optimizer, or None if it does.
 

@@ -55,7 +55,7 @@ class _Reduction:
     """Matrices whose elements are divided over the same process groups.
 
     Attributes:
-        rows: indices of the matrices.
+        rows: indices of the matrices, on the device of the sums.
         groups: process groups of more than one rank; sums are reduced over one after the other.
     """
 
@@ -76,6 +76,9 @@ class NormSums:
 
     Attributes:
         matrices: the matrices of the optimizer that may have a hyperball step, sorted.
+        rows: matrix id -> index in `matrices`.
+        device: of the sums.
+        counted: id of a tensor -> matrix id -> ranges of its elements without padding.
     """
 
     def __init__(
@@ -112,16 +115,17 @@ class NormSums:
             key = tuple(id(group) for group in groups)
             by_groups[key].append(row)
             groups_of[key] = groups
+        self.device = shards[0].parameter.device if shards else torch.device("cpu")
         self._reductions = [
-            _Reduction(torch.tensor(rows), groups_of[key])
+            _Reduction(torch.tensor(rows, device=self.device), groups_of[key])
             for key, rows in sorted(by_groups.items(), key=lambda item: item[1][0])
             if groups_of[key]
         ]
-        self.device = shards[0].parameter.device if shards else torch.device("cpu")
         self._tensors = [
             (each.tensor, tuple(part for part in parts if part[0] in self.rows))
             for each, parts in tensors
         ]
+        self.counted = {id(tensor): dict(parts) for tensor, parts in self._tensors}
         self._squares = SquareSums(self._tensors, self.rows)
         numel = torch.tensor(
             [held[m].rows * held[m].columns for m in self.matrices], dtype=torch.float64
@@ -150,11 +154,10 @@ class NormSums:
 
     def _reduced(self, table: torch.Tensor) -> torch.Tensor:
         for reduction in self._reductions:
-            rows = reduction.rows.to(table.device)
-            part = table[:, rows].contiguous()
+            part = table[:, reduction.rows].contiguous()
             for group in reduction.groups:
                 dist.all_reduce(part, group=group)
-            table[:, rows] = part
+            table[:, reduction.rows] = part
         return table
 
     def norms(self) -> dict[MatrixId, float]:

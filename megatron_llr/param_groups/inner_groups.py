@@ -72,6 +72,11 @@ class InnerGroups:
         """Whether the matrices in a tensor must share one multiplier."""
         return self._fused is None and self.grouped.is_inseparable(tensor)
 
+    def has_fp32_weights(self, tensor: torch.Tensor) -> bool:
+        """Whether the weights that a step changes are fp32: a tensor, or those in its state."""
+        in_state = self._fused is not None and self._fused.has_fp32_weights(tensor)
+        return tensor.dtype == torch.float32 or in_state
+
     @property
     def base_rates(self) -> list[tuple[Any, list[torch.Tensor]]]:
         """Base learning rates of the last step, each with the tensors of its param group."""
@@ -128,27 +133,43 @@ class InnerGroups:
             for group in inner.param_groups
         ]
         if self._fused is not None:
+            if self._can_step_fused(args, kwargs):
+                self._fused.step(self.multipliers, self._factors)
+                return None
             self._fused.forget_counts()
         with hyperball.project(self.multipliers):
             return self.grouped.step(_step_without_hooks(inner), self.multipliers, *args, **kwargs)
 
     def start_hyperball(self, hyperball: HyperballStep) -> None:
-        """Use a hyperball step for its matrices from now on."""
+        """Use a hyperball step for its matrices from now on.
+
+        Raises:
+            TypeError: if a tensor and its state have no fp32 weights.
+        """
+        for tensor, _ in hyperball.tensors.values():
+            if not self.has_fp32_weights(tensor):
+                raise TypeError(
+                    f"a hyperball step needs fp32 weights in the optimizer; those of a "
+                    f"{tuple(tensor.shape)} tensor are {tensor.dtype}"
+                )
+        if self._fused is not None:
+            self._fused.start_hyperball(hyperball)
         self.hyperball = hyperball
         self.grouped.directions = hyperball.matrices
 
     def _can_step_fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the fused step supports the gradients and arguments of this step.
 
-        False with a closure, with a gradient scaler that leaves unscaling to the optimizer, and if
-        all multipliers are 1, so that the result is exactly that of the optimizer's own step.
+        False with a closure, with a gradient scaler that leaves unscaling to the optimizer, and,
+        without a hyperball step, if all multipliers are 1, so that the result is exactly that of
+        the optimizer's own step.
         """
         assert self._fused is not None
         arguments = (*args, *kwargs.values())
         scaler = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         return (
             all(value is None for value in (*arguments, *scaler))
-            and any(multiplier != 1.0 for multiplier in self.multipliers.values())
+            and (self.hyperball is not None or any(m != 1.0 for m in self.multipliers.values()))
             and self._fused.takes_gradients()
         )
 

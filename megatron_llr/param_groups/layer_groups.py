@@ -73,6 +73,16 @@ class LayerGroups:
             for matrix, _ in parts
         }
 
+    @property
+    def without_fp32_weights(self) -> dict[str, torch.dtype]:
+        """Class of an optimizer -> dtype of tensors that it steps without fp32 weights."""
+        return {
+            type(inner.optimizer).__name__: stepped.tensor.dtype
+            for inner in self._inner
+            for stepped, _ in inner.parts.values()
+            if not inner.has_fp32_weights(stepped.tensor)
+        }
+
     def base_settings(self, matrix: MatrixId) -> tuple[float, float] | None:
         """Base learning rate and weight decay of a matrix; None if this rank does not step it.
 

@@ -1,16 +1,14 @@
 """Sums of squares per matrix: of the tensors that optimizers step, or of their changes."""
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_llr.matrices.ids import MatrixId
-from megatron_llr.param_groups.fused_support import is_on_cuda
+from megatron_llr.param_groups.fused_support import is_readable_by_kernels
 from megatron_llr.param_groups.stepped_tensor import MatrixRanges
 from megatron_llr.param_groups.views import windows
 
@@ -164,13 +162,5 @@ class SquareSums:
 
     def _key_of(self, tensor: torch.Tensor) -> TableKey | None:
         """Table key of a tensor; None if the kernel cannot read it."""
-        # A subclass (quantized, distributed) may store its elements in another form.
-        readable = (
-            self._batched
-            and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-            and tensor.dtype in (torch.float32, torch.bfloat16)
-            and tensor.is_contiguous()
-            and (is_on_cuda(tensor) or os.environ.get("TRITON_INTERPRET") == "1")
-            and find_spec("triton") is not None
-        )
+        readable = self._batched and is_readable_by_kernels(tensor)
         return (tensor.device, tensor.dtype) if readable else None

@@ -1,14 +1,17 @@
 """`SteppedTensor`: a tensor that an inner optimizer steps, and the weight that it updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from megatron_llr.matrices.ids import MatrixId
 
-MatrixRanges = tuple[MatrixId, tuple[tuple[int, int], ...]]
-"""Matrix id, and the ranges of its elements in a flattened tensor: (first, one past last)."""
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges of elements in a flattened tensor: (first, one past last), ascending."""
+
+MatrixRanges = tuple[MatrixId, Ranges]
+"""Matrix id, and the ranges of its elements in a flattened tensor."""
 
 Factors = Callable[[float], tuple[float, float]]
 """Multiplier -> factors on the learning rate and on the weight decay."""
@@ -39,3 +42,20 @@ class SteppedTensor:
 
 TensorMatrices = tuple[SteppedTensor, tuple[MatrixRanges, ...]]
 """A stepped tensor, and the ranges of the matrices in it."""
+
+
+def gaps(ranges: Iterable[tuple[int, int]], count: int) -> Ranges:
+    """The ranges of a tensor of `count` elements that lie in none of the given ones.
+
+    Args:
+        ranges: (first, one past last), ascending.
+        count: number of elements.
+    """
+    between, position = [], 0
+    for first, last in ranges:
+        if first > position:
+            between.append((position, first))
+        position = max(position, last)
+    if position < count:
+        between.append((position, count))
+    return tuple(between)

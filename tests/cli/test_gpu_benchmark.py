@@ -227,6 +227,20 @@ def test_the_step_of_the_inner_optimizer_has_rows() -> None:
     assert rows == [(title, "2.33 / 2.41 ms", note)]
 
 
+def test_a_hyperball_step_is_timed_on_cpu_and_has_a_row(tmp_path: Path) -> None:
+    (case,) = [case for case in cases(toy=True) if case.name == "hyperball-step-60M"]
+    (outcome,) = run_all([case], "cpu", math.inf, tmp_path, print)
+    assert outcome.status == "ok", outcome.reason
+    result, times = outcome.result, outcome.result["milliseconds"]
+    assert result["matrices"] == 2 * 7
+    assert result["bytes an element"] == 40
+    assert result["hyperball over floor"] == pytest.approx(times["hyperball"] / times["floor"])
+    ((question, figure, note),) = rows_of([outcome])
+    assert question == "inner step() of 60M, hyperball / plain AdamW"
+    assert figure == f"{times['hyperball']:.2f} / {times['plain AdamW']:.2f} ms"
+    assert "of the time to copy 40 bytes an element; 14 matrices" in note
+
+
 def test_a_logged_step_has_rows() -> None:
     """From the figures of a real run."""
     models = json.loads((RESULTS / "logged-step-h200.json").read_text())["models"]

@@ -76,11 +76,12 @@ def test_both_routes_record_the_same(way: str, device: str) -> None:
         # Two fp32 weights differ exactly in fp64, rounded in fp32.
         assert batched.changes.tolist() == pytest.approx(windowed.changes.tolist(), rel=1e-6)
         assert (batched.changes[1] > 0) == record
-        norms, rates, relative = batched.ratios(COUNTS)
+        norms, rates, relative, cosines = batched.ratios(COUNTS)
         q = torch.cat([job.tensors["qkv"][a:b] for a, b in PARTS["qkv"][0][1]])
         q = torch.cat([q, job.tensors["rest"][:13]])
         assert norms[2] == pytest.approx(float(q.detach().double().norm()), rel=1e-6)
         assert rates == pytest.approx([math.nan, 0.02, 0.01, math.nan, 0.01], nan_ok=True)
+        assert cosines == [None] * len(COUNTS)
         missing = [value is None for value in relative]
         assert missing == [count == 0 or not record for count in COUNTS]
 

@@ -5,6 +5,7 @@ import torch
 
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, Span
+from megatron_llr.matrices.shard import MatrixShard
 from megatron_llr.param_groups.hyperball_norms import SteppedDomain, reason_for_plain_step
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.stepped_tensor import SteppedTensor
@@ -14,14 +15,18 @@ from tests.reference.matrix_ids import shard_of
 MATRIX = MatrixId.read("block.0.mlp.down")
 
 
+def shards_of(weight: torch.nn.Parameter) -> list[MatrixShard]:
+    """The catalog of one matrix."""
+    rows, columns = weight.shape
+    placement = Placement((Span(0, 0, rows),), 0, columns)
+    return [shard_of(MATRIX, weight, (placement,), rows, columns)]
+
+
 def start(
     optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter, rate: float | None
 ) -> LayerGroups:
     """The layer groups of an optimizer of one matrix, with a hyperball step."""
-    rows, columns = weight.shape
-    shards = [
-        shard_of(MATRIX, weight, (Placement((Span(0, 0, rows),), 0, columns),), rows, columns)
-    ]
+    shards = shards_of(weight)
     domain = SteppedDomain([weight], None, lambda group: 1e-2)
     groups = LayerGroups([(optimizer, [SteppedTensor(weight, weight)])], shards, domains=[domain])
     groups.start_hyperball(groups.norms(shards), rate)
@@ -70,6 +75,16 @@ def test_before_the_projection_a_step_has_the_size_of_its_rate(multiplier: float
         assert step.cosines is not None
         cosine = hyperball.unit(before).flatten() @ hyperball.unit(direction).flatten()
         assert float(step.cosines[0]) == pytest.approx(float(cosine), abs=1e-6)
+
+
+def test_weights_below_fp32_are_refused() -> None:
+    """`assemble` refuses them with the flag; the library's own check is the last."""
+    weight = torch.nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], lr=1e-2)
+    groups = LayerGroups([(optimizer, [SteppedTensor(weight, weight)])], shards_of(weight))
+    assert groups.without_fp32_weights == {"AdamW": torch.bfloat16}
+    with pytest.raises(TypeError, match=r"needs fp32 weights.*\(8, 8\) tensor are torch.bfloat16"):
+        start(optimizer, weight, None)
 
 
 def test_without_a_direction_a_matrix_keeps_every_bit() -> None:
