@@ -172,10 +172,12 @@ class FusedAdamStep:
         existing = self.optimizer.state
         states = [existing.get(tensor) or {} for tensor in tensors]
         for index, (tensor, state) in enumerate(zip(tensors, states, strict=True)):
-            if state or (gradients[index] is None and tensor in existing):
-                continue
             layout = self._layouts[tensor.dtype]
-            keys = layout.without_gradient if gradients[index] is None else layout.keys
+            # The projection reads weights in the state also of tensors without a gradient.
+            idle = gradients[index] is None and not (layout.has_master and self._hyperball)
+            if state or (idle and tensor in existing):
+                continue
+            keys = layout.without_gradient if idle else layout.keys
             if keys is not None:
                 states[index] = existing[tensor] = layout.new_state(tensor, keys)
         return states

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.reference import hyperball
-from tests.triton.adam import BETAS, EPS, OPTIMIZERS, RATE
+from tests.triton.adam import BETAS, EPS, OPTIMIZERS, RATE, GroupCounter
 from tests.triton.hyperball import (
     ETA,
     IDS,
@@ -138,6 +138,40 @@ def test_the_ways_agree_and_can_take_turns(device: str) -> None:
         torch.testing.assert_close(
             model.hyperball.cosines, reference.hyperball.cosines, rtol=0, atol=1e-6
         )
+
+
+class LateStates(GroupCounter):
+    """Creates the state of a tensor when it has its first gradient."""
+
+    def step(self, closure: object = None) -> None:
+        def is_due(tensor: torch.Tensor) -> bool:
+            return getattr(tensor, "decoupled_grad", None) is not None
+
+        every = self.param_groups
+        self.param_groups = [
+            {**group, "params": [t for t in group["params"] if is_due(t)]} for group in every
+        ]
+        super().step()
+        for group, stepped in zip(every, self.param_groups, strict=True):
+            group["step"] = stepped.get("step", 0)
+        self.param_groups = every
+
+
+def test_weights_in_the_state_before_the_first_gradient(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice without a gradient follows the rest of its matrix: its weights are in the sums."""
+    monkeypatch.setitem(OPTIMIZERS, "masters", lambda groups: LateStates(groups, masters=True))
+    model = HyperballModel("masters", device, "fused", only=["down"])
+    before = model.fp32("down")
+    model.step(0, [("down", 1)])
+    now = model.fp32("down")
+    first, rest = now.view(-1).split([433, 2000 - 433])
+    assert float(now.double().norm()) == pytest.approx(model.radii[IDS["down"]], rel=1e-7)
+    ratio = rest / before.view(-1)[433:]
+    assert float(ratio[0]) != 1.0
+    torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=1e-6, atol=0)
+    assert not torch.equal(first, before.view(-1)[:433])
 
 
 @pytest.mark.parametrize("way", ["fused", "kernels"])
