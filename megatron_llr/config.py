@@ -129,9 +129,11 @@ class LLRConfig:
     of their multipliers, weighted by size."""
 
     role_table: str | None = field(default=None, metadata=_MEANING)
-    """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
-    does not name, including embedding and head, keep 1. Or llr: the constants that LLR converged
-    to."""
+    """JSON or YAML file of the policy fixed: pattern -> multiplier, or a mapping with multiplier
+    and weight_decay, a factor on the weight decay. Patterns are roles (q), matrix ids, or ids with
+    wildcards (block.*.attention.k, block.{0,1}.mlp.*). The first that matches a matrix counts; a
+    matrix without one keeps 1. Multiplier 0 freezes a matrix. Or llr: the constants that LLR
+    converged to."""
 
     role_factors: str | None = field(default=None, metadata=_MEANING)
     """Factors on the multipliers of single roles, after the policy: down=0.7 or q=0.7,k=0.7. A

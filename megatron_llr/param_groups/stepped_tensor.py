@@ -10,8 +10,8 @@ from megatron_llr.matrices.ids import MatrixId
 MatrixRanges = tuple[MatrixId, tuple[tuple[int, int], ...]]
 """Matrix id, and the ranges of its elements in a flattened tensor: (first, one past last)."""
 
-Factors = Callable[[float], tuple[float, float]]
-"""Multiplier -> factors on the learning rate and on the weight decay."""
+Factors = Callable[[MatrixId, float], tuple[float, float]]
+"""Matrix id and its multiplier -> factors on the learning rate and on the weight decay."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import settings_of
 from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies import acts_on, targets_for
-from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
+from megatron_llr.policies.role_table import LLR_CONSTANTS
 from megatron_llr.policy_table import POLICIES, summaries
 from tests.reference.matrix_ids import by_id, info
 
