@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.config import LLR_TABLE, LLRConfig, flag
+from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import input_error
 from megatron_llr.matrices.ids import ROLES, ROUTER, MatrixId
 from megatron_llr.matrices.info import MatrixIndex
@@ -18,14 +18,8 @@ from megatron_llr.output import and_more
 from megatron_llr.policies.granularity import share_over_parameters
 from megatron_llr.policies.registry import held_at_one
 
-# What LLR's multipliers came to in the 1B run of arXiv 2605.22297: peak learning rates per type,
-# read off its figure (6.2, 7.7, 13.5 and 25e-4) over the base rate of 5e-4. Good to a few percent.
-LLR_CONSTANTS: Mapping[str, float] = {
-    **dict.fromkeys(("q", "k"), 1.24),
-    **dict.fromkeys(("v", "o"), 1.5),
-    **dict.fromkeys(("gate", "up", "down"), 2.7),
-    **dict.fromkeys(("embedding", "head"), 5.0),
-}
+_TABLES = Path(__file__).parent / "tables"
+"""Tables that the package ships, by their names without suffix."""
 
 _YAML_SUFFIXES = frozenset({".yaml", ".yml"})
 _WILDCARDS = re.compile(r"[*?\[]")
@@ -177,9 +171,13 @@ def _alternatives(pattern: str) -> list[str]:
     return [name for option in options for name in _alternatives(before + option + after)]
 
 
-def _without_repeats(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    read: dict[Any, Any] = {}
+def _without_repeats(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    read: dict[str, Any] = {}
     for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"the key {key!r} is not text; quote a pattern that begins with {{ [ *"
+            )
         if key in read:
             raise ValueError(f"{key!r} is given twice")
         read[key] = value
@@ -194,7 +192,7 @@ def _load(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
             return _without_repeats(
                 (self.construct_object(key, deep=True), self.construct_object(value, deep=True))
                 for key, value in node.value
@@ -206,18 +204,21 @@ def _load(path: Path) -> Any:
         raise ValueError(" ".join(str(broken).split())) from broken
 
 
+def shipped_tables() -> tuple[str, ...]:
+    """Names of the tables in the package."""
+    return tuple(sorted(path.stem for path in _TABLES.glob("*.yaml")))
+
+
 @lru_cache(maxsize=4)
 def read_role_table(path: str) -> RoleTable:
-    """The table in a JSON or YAML file (by its suffix), read once; `llr` names the built-in one.
+    """The table in a JSON or YAML file (by its suffix), or one of `shipped_tables`; read once.
 
     Raises:
         ValueError: if the file is no table.
     """
-    if path == LLR_TABLE:
-        return RoleTable(path, {role: TableRow(value) for role, value in LLR_CONSTANTS.items()})
     try:
         rows = {}
-        given = _load(Path(path))
+        given = _load(_TABLES / f"{path}.yaml" if path in shipped_tables() else Path(path))
         if not isinstance(given, dict):
             raise ValueError(f"it is {given!r}, not a mapping")
         for pattern, value in given.items():
@@ -229,8 +230,8 @@ def read_role_table(path: str) -> RoleTable:
     except (OSError, ValueError, TypeError, ImportError) as broken:
         raise input_error(
             f"bad {flag('role_table')} {path}: {type(broken).__name__}: {broken}. The file must "
-            f"hold {_ALLOWED}. Fix the file, or give {LLR_TABLE} for the constants that LLR "
-            "converged to."
+            f"hold {_ALLOWED}. Fix the file, or give the name of a table of this package: "
+            f"{', '.join(shipped_tables())}."
         ) from broken
 
 

@@ -14,7 +14,7 @@ from megatron_llr.policies import (
     share_multipliers,
     targets_for,
 )
-from megatron_llr.policies.role_table import RoleTable, TableRow
+from megatron_llr.policies.role_table import RoleTable, TableRow, shipped_tables
 from tests.reference.matrix_ids import by_id, info
 
 NAMES = [
@@ -113,7 +113,8 @@ def test_json_and_yaml_give_multipliers_and_decay_factors(
         ("q: [", "while parsing"),
         ("- q", "not a mapping"),
         ("", "not a mapping"),
-        ("1: 1", "TypeError"),
+        ("1: 1", "the key 1 is not text"),
+        ("{q,k}: 1", "quote a pattern that begins with {"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -196,3 +197,36 @@ def test_a_mean_of_1_needs_a_matrix_that_moves(tmp_path: Path) -> None:
     config = config_for(tmp_path, "'block.*': 0", mean_preserving=True, router="policy")
     with pytest.raises(ValueError, match="--llr-mean-preserving divides by the mean"):
         targets_for(dict.fromkeys(MODEL, 2.0), config)
+
+
+def test_shipped_tables_are_read_by_name() -> None:
+    twelve = by_id(
+        {
+            "embedding": 0,
+            **{f"block.{b}.{m}": 0 for b in range(12) for m in ("attention.q", "mlp.down")},
+            "head": 0,
+        }
+    )
+    expected = {
+        "llr": (5.0, 1.24, 2.7, 1.24, 2.7, 5.0),
+        "modded-nanogpt": (75.0, 1.0, 2.0, 1.0, 2.0, 1.0),
+        "mup-width-4": (1.0, 0.25, 0.25, 0.25, 0.25, 0.25),
+        "llrd-0.8-12": (0.8**11, 0.8**11, 0.8**11, 1.0, 1.0, 1.0),
+    }
+    assert set(shipped_tables()) == set(expected)
+    for name, values in expected.items():
+        config = LLRConfig(policy="fixed", role_table=name)
+        targets = targets_for(dict.fromkeys(twelve, 2.0), config)
+        few = ("embedding", *(m for m in twelve if m.block in (0, 11)), "head")
+        assert [targets[m] for m in few] == pytest.approx(values, rel=1e-5), name
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    assert all(f"`{name}`" in page for name in expected)
+
+
+def test_layerwise_decay_of_other_depths_is_a_depth_policy() -> None:
+    """The file says so: the same multipliers from --llr-policy depth-exponential."""
+    names = [f"block.{b}.mlp.up" for b in range(12)]
+    alphas = by_id(dict.fromkeys(["embedding", *names, "head"], 2.0))
+    table = targets_for(alphas, LLRConfig(policy="fixed", role_table="llrd-0.8-12"))
+    depth = LLRConfig(policy="depth-exponential", inverse=True, depth_floor=0.8**11)
+    assert table == pytest.approx(targets_for(alphas, depth), rel=1e-5)
