@@ -11,6 +11,7 @@ from harness import Run, train
 from megatron.training import training
 
 from megatron_llr.policies import read_role_table
+from megatron_llr.telemetry.read_logs import read_rows
 from megatron_llr.tools.export_multipliers import cli
 
 pytestmark = pytest.mark.world_size(1)
@@ -77,12 +78,23 @@ def test_a_run_with_the_overrides_is_the_run_with_the_table(
     (shared_dir / "t.yaml").write_text(AGREEING)
     flags = "--weight-decay 1.0"
     table = f"--llr-policy fixed --llr-role-table {shared_dir}/t.yaml --llr-weight-decay {decay}"
-    run = train(flags, table, f"--save {shared_dir}/saved --save-interval 8")
+    logs = f"--llr-log-dir {shared_dir}/log --llr-log-relative-update"
+    run = train(flags, table, logs, f"--save {shared_dir}/saved --save-interval 8")
     ours = run.whole_weights()
     exported = export(shared_dir, "overrides.py", "--format", "megatron")
     plain = train_plain(exported, monkeypatch, flags)
     assert plain.losses == pytest.approx(run.losses, rel=1e-5)
     assert_close(ours, plain.whole_weights())
+    # The same from the logs, which say that a frozen matrix did not move.
+    target = shared_dir / "logged.yaml"
+    assert cli.main([str(shared_dir / "log"), str(target)]) == 0
+    logged = read_role_table(str(target))
+    assert {m: logged.row(m).multiplier for m in run.multipliers} == run.multipliers
+    rows = [
+        r for r in read_rows(shared_dir / "log" / "learning_rates.csv") if r["iteration"] == "8"
+    ]
+    still = {row["matrix"] for row in rows if float(row["relative_update"]) == 0}
+    assert still == {"block.1.attention.o"}
 
 
 def test_measured_multipliers_up_to_fused_parameters(

@@ -77,6 +77,9 @@ def test_frozen_matrices_stay_and_the_others_move(
     assert run.multipliers["block.3.mlp.up"] == 2.0
     assert text.count("1 of 30 matrices match no pattern and keep multiplier 1: embedding") == 1
     assert text.count("or an earlier pattern does: block.9.*") == 1
+    reasons = "\n".join(gather_objects(run.controller.explain("block.2.attention.o")))
+    assert "row 'block.2.attention.o' of --llr-role-table" in reasons
+    assert re.search(r"weight decay +0$", reasons, re.M)
     # The gradients of frozen matrices count.
     megatrons = re.sub(r"--llr-\S+( decoupled)?", "", flags)
     train(LAYOUTS[dist.get_world_size()], megatrons, llr=False)
