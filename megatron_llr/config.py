@@ -11,7 +11,7 @@ from megatron_llr.matrices.info import MIN_EIGENVALUES
 from megatron_llr.policy_table import POLICIES, names_a_function
 
 LLR_TABLE = "llr"
-"""Value of `role_table` that names the built-in constants instead of a file."""
+"""Value of `role_table` that names the constants that LLR converged to instead of a file."""
 
 Estimator = Literal["hill_median", "ks", "fix_finger"]
 ModelMapping = Literal["linear", "quantile", "sqrt", "log2", "sigmoid", "rank"]
@@ -129,9 +129,11 @@ class LLRConfig:
     of their multipliers, weighted by size."""
 
     role_table: str | None = field(default=None, metadata=_MEANING)
-    """JSON file of the policy fixed: role -> multiplier, as {"q": 1.2, "head": 5}; roles that it
-    does not name, including embedding and head, keep 1. Or llr: the constants that LLR converged
-    to."""
+    """JSON or YAML file of the policy fixed: pattern -> multiplier, or a mapping with multiplier
+    and weight_decay, a factor on the weight decay. Patterns are roles (q), matrix ids, or ids with
+    wildcards (block.*.attention.k, block.{0,1}.mlp.*). The first that matches a matrix counts; a
+    matrix without one keeps 1. Multiplier 0 freezes a matrix. Or the name of a table of this
+    package: llr (the constants that LLR converged to), modded-nanogpt, mup-width-4, llrd-0.8-12."""
 
     role_factors: str | None = field(default=None, metadata=_MEANING)
     """Factors on the multipliers of single roles, after the policy: down=0.7 or q=0.7,k=0.7. A

@@ -18,7 +18,16 @@ from megatron_llr.measurement.shape_exponents import shape_exponents
 from megatron_llr.param_groups.hyperball_norms import plain_matrices, shared_norms, start_lines
 from megatron_llr.param_groups.layer_groups import LayerGroups
 from megatron_llr.param_groups.step_recorder import MatrixSums, StepRecorder
-from megatron_llr.policies import acts_on, held_at_one, meaning_of, share_multipliers, targets_for
+from megatron_llr.policies import (
+    acts_on,
+    decay_factors,
+    held_at_one,
+    meaning_of,
+    report_table,
+    share_multipliers,
+    share_saved,
+    targets_for,
+)
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
@@ -106,14 +115,18 @@ class LayerwiseController:
         )
         if self.config.hyperball:
             self._start_hyperball()
+        for line in report_table(self.config, self.matrix_index):
+            self._observer.say(line)
+        self._layer_groups.set_decay_factors(
+            decay_factors(self.config, self.matrix_index, self._inseparable)
+        )
         # Before the log is truncated: a run that this refuses leaves it unchanged.
         if self._document is None:
             self._schedule = MultiplierSchedule(self.config, self._total_updates, start=s)
         else:
             # The saved window is kept; a longer --train-iters does not move it.
-            self._schedule = MultiplierSchedule.resume(
-                self.config, self._steppable(self._document["schedule"])
-            )
+            schedule = share_saved(self._document["schedule"], self.matrix_index, self._inseparable)
+            self._schedule = MultiplierSchedule.resume(self.config, schedule)
             saved = self._document["alphas"]
             self._alphas = {
                 MatrixId.read(m): math.nan if a is None else a for m, a in saved.items()
@@ -143,7 +156,7 @@ class LayerwiseController:
         measurement = self._engine.measure()
         alphas = {}
         for matrix, info in self.matrix_index.items():
-            if info.tunable:
+            if info.tunable or self.config.policy == "fixed":
                 record = measurement.table.get(matrix)
                 alpha = record.alpha(self.config.estimator) if record else None
                 alphas[matrix] = math.nan if alpha is None else alpha
@@ -259,19 +272,6 @@ class LayerwiseController:
         for line in state.check(document, self.config, self.matrix_index, self._meaning):
             self._observer.say(line)
         self._document = dict(document)
-
-    def _steppable(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A saved schedule, averaged over the matrices that this run's optimizer cannot separate.
-
-        The optimizer of the run that saved it may have been able to step parts of a tensor.
-        """
-        if not self._inseparable or saved["observed_at"] is None:
-            return saved
-        tables = {
-            name: share_multipliers(saved[name], self.matrix_index, "projection", self._inseparable)
-            for name in ("old", "new")
-        }
-        return {**saved, **tables}
 
     def _start_hyperball(self) -> None:
         """Keep the norms of matrices from now on: the saved ones, or those of the weights now."""

@@ -41,7 +41,9 @@ POLICIES: dict[str, PolicyRow] = {
     "embedding-only": PolicyRow(
         _HERE + "constant:embedding_only", "embedding and head at --llr-embedding, the others at 1"
     ),
-    "fixed": PolicyRow(_HERE + "constant:fixed", "one multiplier per role, from --llr-role-table"),
+    "fixed": PolicyRow(
+        _HERE + "constant:fixed", "multipliers by role or matrix id, from --llr-role-table"
+    ),
     "blockwise": PolicyRow(_HERE + "blockwise:blockwise", "ratios by sharpness, arXiv 2502.19002"),
     "depth-linear": PolicyRow(_HERE + "depth:linear", "1 at the first block, falling linearly"),
     "depth-exponential": PolicyRow(_HERE + "depth:exponential", "the same, exponentially"),

@@ -46,8 +46,9 @@ class MultiplierSchedule:
     """Multipliers of all logical matrices over the updates of a run.
 
     A target observed at s is reached by `m(s+j) = old + (new - old)(j+1)/(ramp+1)`, j = 0..ramp;
-    one observed at update 1 holds at once. The last ramp finishes after the window; then the
-    multipliers stay. A matrix without a target keeps its multiplier, 1 at first.
+    one observed at update 1 holds at once, and so does a target of 0. The last ramp finishes after
+    the window; then the multipliers stay. A matrix without a target keeps its multiplier, 1 at
+    first.
 
     Args:
         config: `interval`, `ramp_iters` and the window are read.
@@ -78,13 +79,13 @@ class MultiplierSchedule:
         return self._observed_at is None or s % self.interval == 0
 
     def observe(self, s: int, targets: Mapping[MatrixId, float]) -> None:
-        """Take new targets, measured before update s."""
-        assert all(math.isfinite(target) and target > 0 for target in targets.values()), targets
+        """Take new targets, measured before update s. A target of 0 holds at once."""
+        assert all(math.isfinite(target) and target >= 0 for target in targets.values()), targets
         before = self.multipliers(s - 1) if self._observed_at is not None else {}
         self._new = {**self._new, **targets}
         first_of_run = s == 1
         self._old = {
-            matrix: target if first_of_run else before.get(matrix, 1.0)
+            matrix: target if first_of_run or target == 0 else before.get(matrix, 1.0)
             for matrix, target in self._new.items()
         }
         self._observed_at = s

@@ -126,10 +126,12 @@ def check(
     if changed:
         field, (before, now) = next(iter(changed.items()))
         rest = ", ".join(flag(other) for other in changed if other != field)
+        # A table is given as a file, whose path is not saved.
+        saved_value = "a table with that content" if field == "role_table" else before
         raise input_error(
             f"{flag(field)} is {now}, but the checkpoint was saved with {before}, and its "
             f"multipliers would mean something else. {f'{rest} also differ. ' if rest else ''}"
-            f"Set {flag(field)} {before}, or {_RESET}."
+            f"Set {flag(field)} {saved_value}, or {_RESET}."
         )
     timing = config.timing()
     kept = f"the saved window, to update {document['schedule']['window_end']}, is kept"

@@ -42,7 +42,7 @@ class MatrixInfo:
 
     @property
     def tunable(self) -> bool:
-        """Whether its multiplier may differ from 1."""
+        """Whether it is measured. If not, only the policy `fixed` gives it a multiplier."""
         return self.num_eigenvalues >= MIN_EIGENVALUES
 
 

@@ -99,7 +99,7 @@ def require_same_settings(config: LLRConfig, **others: Any) -> None:
     table = config.role_table
     if table is not None:
         # The path is the same on every rank; the file there may differ.
-        contents = together(lambda: dict(read_role_table(table)))
+        contents = together(lambda: read_role_table(table).content())
         require_equal(
             {f"the content of {flag('role_table')}": contents},
             lambda _: f"give every rank the same file {table}",

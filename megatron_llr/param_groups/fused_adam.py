@@ -127,7 +127,7 @@ class FusedAdamStep:
 
         Args:
             multipliers: matrix id -> multiplier, default 1. New multipliers must be a new mapping.
-            factors: factors on learning rate and weight decay for a multiplier.
+            factors: factors on learning rate and weight decay of a matrix for a multiplier.
         """
         from megatron_llr.param_groups.adam_kernel import launch_adam
 
@@ -142,7 +142,7 @@ class FusedAdamStep:
             self._upload(torch.tensor(addresses), self._addresses[1])
         if self._multipliers is not multipliers:
             self._multipliers = multipliers
-            pairs = [factors(multipliers.get(row.matrix, 1.0)) for row in self._rows]
+            pairs = [factors(row.matrix, multipliers.get(row.matrix, 1.0)) for row in self._rows]
             self._row_factors = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t()
         self._count(groups, gradients, states)
         self._upload(self._corrections_and_rates(groups), self._table)

@@ -1,4 +1,4 @@
-"""Grouped stepping: during a step the optimizer has a param group per multiplier.
+"""Grouped stepping: during a step the optimizer has a param group per rate and weight decay.
 
 Works for every element-wise optimizer. The optimizer's own groups and state are restored when the
 step ends or fails, so Megatron's checkpoints never contain the layer groups. A tensor that holds
@@ -16,7 +16,7 @@ import torch
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.param_groups.probe import Stepping, stepping, takes_new_groups
 from megatron_llr.param_groups.row_scaling import RowScaling
-from megatron_llr.param_groups.step_plan import StepPlan, equal_multipliers
+from megatron_llr.param_groups.step_plan import StepPlan, equal_factors
 from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, TensorMatrices
 from megatron_llr.param_groups.views import FusedTensor
 
@@ -28,12 +28,12 @@ Step = Callable[..., Any]
 
 
 class GroupedStep:
-    """Steps one inner optimizer with a param group for every distinct multiplier.
+    """Steps one inner optimizer with a param group for every distinct pair of factors.
 
     Args:
         optimizer: the inner optimizer.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
-        factors: factors on learning rate and weight decay for a multiplier.
+        factors: factors on learning rate and weight decay of a matrix for a multiplier.
 
     Attributes:
         takes: the views that the optimizer can step.
@@ -140,8 +140,8 @@ class GroupedStep:
     ) -> StepPlan:
         """The plan of the last step if it is still valid, otherwise a new one."""
         if self._planned_for is not multipliers:
-            self._classes = equal_multipliers(
-                dict.fromkeys(self._matrices), multipliers, self.directions
+            self._classes = equal_factors(
+                dict.fromkeys(self._matrices), multipliers, self._factors, self.directions
             )
             self._planned_for = multipliers
         if self.plan is None or not self.plan.fits(groups, self._classes):

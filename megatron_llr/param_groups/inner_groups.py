@@ -33,6 +33,8 @@ class InnerGroups:
 
     Attributes:
         multipliers: for the next step. Empty: the optimizer's own step.
+        decay_factors: factors on the weight decay besides those of the multipliers, default 1; set
+            before the first step on layer groups.
         grouped: grouped stepping.
         hyperball: the hyperball step of some of its matrices, from the start of training on.
         around_step: creates a context manager around the step and all its hooks.
@@ -54,6 +56,7 @@ class InnerGroups:
         self.parts = parts
         self.matrices = list(dict.fromkeys(m for _, ranges in parts.values() for m, _ in ranges))
         self.multipliers: Mapping[MatrixId, float] = {}
+        self.decay_factors: Mapping[MatrixId, float] = {}
         self.hyperball: HyperballStep | None = None
         self.around_step: Callable[[], AbstractContextManager[None]] | None = None
         self._decoupled_decay = decoupled_decay
@@ -161,23 +164,32 @@ class InnerGroups:
         """Whether the fused step supports the gradients and arguments of this step.
 
         False with a closure, with a gradient scaler that leaves unscaling to the optimizer, and,
-        without a hyperball step, if all multipliers are 1, so that the result is exactly that of
-        the optimizer's own step.
+        without a hyperball step, if all factors are 1, so that the result is exactly that of the
+        optimizer's own step.
         """
         assert self._fused is not None
         arguments = (*args, *kwargs.values())
         scaler = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         return (
             all(value is None for value in (*arguments, *scaler))
-            and (self.hyperball is not None or any(m != 1.0 for m in self.multipliers.values()))
+            and (
+                self.hyperball is not None
+                or bool(self.decay_factors)
+                or any(multiplier != 1.0 for multiplier in self.multipliers.values())
+            )
             and self._fused.takes_gradients()
         )
 
-    def _factors(self, multiplier: float) -> tuple[float, float]:
+    def _factors(self, matrix: MatrixId, multiplier: float) -> tuple[float, float]:
         """Factors on the learning rate and on the weight decay."""
+        decay = self.decay_factors.get(matrix, 1.0)
         if self._on_decay:
-            return 1.0, multiplier
-        return multiplier, 1.0 / multiplier if self._decoupled_decay else 1.0
+            return 1.0, multiplier * decay
+        if self._decoupled_decay and multiplier > 0:
+            return multiplier, decay / multiplier
+        # At multiplier 0 as in a step at learning rate 0, which does not decay weights either; L2
+        # decay still enters the moments.
+        return multiplier, decay
 
 
 def _step_without_hooks(optimizer: Any) -> Any:

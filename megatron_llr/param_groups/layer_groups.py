@@ -86,7 +86,8 @@ class LayerGroups:
     def base_settings(self, matrix: MatrixId) -> tuple[float, float] | None:
         """Base learning rate and weight decay of a matrix; None if this rank does not step it.
 
-        With a hyperball step: the hyperball learning rate and 0.
+        The decay includes its factor of `set_decay_factors`. With a hyperball step: the hyperball
+        learning rate and 0.
 
         The rate is that of the last step, or of the next if there was none.
         """
@@ -102,7 +103,8 @@ class LayerGroups:
                     if id(tensor) in tensors:
                         rate = rates.get(id(tensor), float(group["lr"]))
                         decay = float(group.get("weight_decay", 0.0))
-                        return rate, 0.0 if matrix in self.radii else decay
+                        factor = 0.0 if matrix in self.radii else inner.decay_factors.get(matrix, 1)
+                        return rate, decay * factor
         return None
 
     def norms(self, shards: Sequence[MatrixShard]) -> dict[MatrixId, float]:
@@ -150,6 +152,11 @@ class LayerGroups:
         """Set the multipliers for the next update. Default 1."""
         for inner in self._inner:
             inner.multipliers = {m: multipliers[m] for m in inner.matrices if m in multipliers}
+
+    def set_decay_factors(self, factors: Mapping[MatrixId, float]) -> None:
+        """Set factors on the weight decay for the whole run, before its first step. Default 1."""
+        for inner in self._inner:
+            inner.decay_factors = {m: factors[m] for m in inner.matrices if m in factors}
 
     def parts_in(
         self, shards: Sequence[MatrixShard]

@@ -31,7 +31,7 @@ class RowScaling:
 
     Args:
         optimizer: the inner optimizer. Two methods of this instance are wrapped.
-        factors: factors on learning rate and weight decay for a multiplier.
+        factors: factors on learning rate and weight decay of a matrix for a multiplier.
     """
 
     def __init__(self, optimizer: Any, factors: Factors) -> None:
@@ -66,7 +66,9 @@ class RowScaling:
         columns = tensor.shape[1]
         self._rows[id(tensor)] = [
             _RowFactors(
-                first // columns, last // columns, *self._factors(multipliers.get(matrix, 1.0))
+                first // columns,
+                last // columns,
+                *self._factors(matrix, multipliers.get(matrix, 1.0)),
             )
             for matrix, ranges in parts
             for first, last in ranges

@@ -1,7 +1,7 @@
 """The layer groups that replace an optimizer's groups, built once and reused while they are valid.
 
-Which tensors and views share a group depends on which multipliers are equal, not on their values.
-A plan therefore stays valid during a ramp.
+Which tensors and views share a group depends on which factors are equal, not on their values. A
+plan therefore stays valid during a ramp.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from megatron_llr.param_groups.stepped_tensor import Factors, MatrixRanges, Tens
 from megatron_llr.param_groups.views import FusedTensor
 
 MULTIPLIER_ONE = 0
-"""Class index of multiplier 1."""
+"""Class index of matrices whose learning rate and weight decay have factor 1."""
 DIRECTION = -1
 """Class index of matrices that are stepped at rate 1 without decay (`hyperball`)."""
 
@@ -25,20 +25,21 @@ MakeViews = Callable[[torch.Tensor, tuple[MatrixRanges, ...]], FusedTensor]
 """(tensor, matrices in it) -> views of the tensor, one set per matrix."""
 
 
-def equal_multipliers(
+def equal_factors(
     matrices: Iterable[MatrixId],
     multipliers: Mapping[MatrixId, float],
+    factors: Factors,
     directions: Collection[MatrixId] = (),
 ) -> dict[MatrixId, int]:
-    """Matrix id -> class index, shared by matrices of equal multiplier. Default multiplier 1.
+    """Matrix id -> class index, shared by matrices of equal factors. Default multiplier 1.
 
     Those in `directions` have class `DIRECTION`.
     """
-    classes: dict[float, int] = {1.0: MULTIPLIER_ONE}
+    classes: dict[tuple[float, float], int] = {(1.0, 1.0): MULTIPLIER_ONE}
     return {
         matrix: DIRECTION
         if matrix in directions
-        else classes.setdefault(multipliers.get(matrix, 1.0), len(classes))
+        else classes.setdefault(factors(matrix, multipliers.get(matrix, 1.0)), len(classes))
         for matrix in matrices
     }
 
@@ -76,7 +77,7 @@ class StepPlan:
     Args:
         groups: the optimizer's own groups.
         parts: id of a stepped tensor -> the tensor and the matrices in it.
-        classes: result of `equal_multipliers`.
+        classes: result of `equal_factors`.
         make_views: creates the views of a tensor; None if the optimizer supports no views.
 
     Attributes:
@@ -151,16 +152,16 @@ class StepPlan:
 
         Args:
             groups: the optimizer's own groups.
-            multipliers: of the matrices.
-            factors: factors on learning rate and weight decay for a multiplier.
+            multipliers: of the matrices. Default 1.
+            factors: factors on learning rate and weight decay of a matrix for a multiplier.
         """
         filled = []
         for base, layer_groups in zip(groups, self._layer_groups, strict=True):
             for layer in layer_groups:
-                multiplier = 1.0
+                on_rate = on_decay = 1.0
                 if layer.index not in (MULTIPLIER_ONE, DIRECTION):
-                    multiplier = multipliers[self._matrix_of[layer.index]]
-                on_rate, on_decay = factors(multiplier)
+                    matrix = self._matrix_of[layer.index]
+                    on_rate, on_decay = factors(matrix, multipliers.get(matrix, 1.0))
                 group = layer.group
                 group.clear()
                 # A product is a copy: the scheduler overwrites a rate that is a tensor in place.

@@ -13,8 +13,8 @@ Ranges = tuple[tuple[int, int], ...]
 MatrixRanges = tuple[MatrixId, Ranges]
 """Matrix id, and the ranges of its elements in a flattened tensor."""
 
-Factors = Callable[[float], tuple[float, float]]
-"""Multiplier -> factors on the learning rate and on the weight decay."""
+Factors = Callable[[MatrixId, float], tuple[float, float]]
+"""Matrix id and its multiplier -> factors on the learning rate and on the weight decay."""
 
 
 @dataclass(frozen=True, eq=False)

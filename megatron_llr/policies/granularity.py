@@ -2,7 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from typing import Any
 
+from megatron_llr.config import flag
+from megatron_llr.errors import input_error
 from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MatrixIndex, MatrixInfo
 
@@ -27,6 +30,9 @@ def share_multipliers(
     Returns:
         Multiplier of every matrix of the index. Matrices too small to be measured stay at 1, except
         that they take part in the mean of a parameter that shares one.
+
+    Raises:
+        ValueError: if a matrix of multiplier 0 shares one with a matrix that is not frozen.
     """
 
     def shared_with(info: MatrixInfo) -> str:
@@ -44,11 +50,54 @@ def share_multipliers(
         matrix_index,
     )
     # Last: a role or a block may have given the parts of one parameter different means.
+    shared = share_over_parameters(shared, matrix_index, inseparable)
+    thawed = [matrix for matrix, value in targets.items() if value == 0 and shared[matrix] > 0]
+    if thawed:
+        matrix = thawed[0]
+        if matrix in inseparable:
+            cause = "its optimizer cannot step parts of a tensor"
+            remedy = "Freeze all of them or none."
+        else:
+            cause = f"{flag('granularity')} is {granularity}"
+            remedy = f"Freeze all of them or none, or set {flag('granularity')} projection."
+        raise input_error(
+            f"{matrix} has multiplier 0, but shares the mean of several matrices, "
+            f"{shared[matrix]:.4g}, because {cause}. {remedy}"
+        )
+    return shared
+
+
+def share_saved(
+    schedule: Mapping[str, Any], matrix_index: MatrixIndex, inseparable: Collection[str]
+) -> Mapping[str, Any]:
+    """A saved schedule, averaged over the matrices that this run's optimizer cannot separate.
+
+    The optimizer of the run that saved it may have been able to step parts of a tensor.
+    """
+    if not inseparable or schedule["observed_at"] is None:
+        return schedule
+    tables = {
+        name: share_multipliers(schedule[name], matrix_index, "projection", inseparable)
+        for name in ("old", "new")
+    }
+    return {**schedule, **tables}
+
+
+def share_over_parameters(
+    values: Mapping[MatrixId, float], matrix_index: MatrixIndex, inseparable: Collection[str]
+) -> dict[MatrixId, float]:
+    """Replace the values of inseparable matrices by the mean of their parameter, by size.
+
+    Args:
+        values: of all matrices of the index.
+        matrix_index: all matrices of the job.
+        inseparable: as for `share_multipliers`.
+    """
     parameters = {
         matrix: info.parameter_id if matrix in inseparable else matrix
         for matrix, info in matrix_index.items()
     }
-    return _means(shared, parameters, matrix_index)
+    return _means(values, parameters, matrix_index)
 
 
 def _means(

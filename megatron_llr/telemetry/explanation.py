@@ -8,7 +8,7 @@ from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import user_error
 from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MIN_EIGENVALUES, MatrixIndex
-from megatron_llr.policies import acts_on, held_at_one
+from megatron_llr.policies import acts_on, held_at_one, read_role_table
 from megatron_llr.policy_table import LEARNING_RATE, POLICIES
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.tables import shards_of
@@ -134,7 +134,7 @@ def _rule(
     matrix: MatrixId, matrix_index: MatrixIndex, config: LLRConfig, radius: float | None
 ) -> str:
     """What fixes a multiplier without the mapping."""
-    if not matrix_index[matrix].tunable:
+    if not matrix_index[matrix].tunable and config.policy != "fixed":
         return f"fewer than {MIN_EIGENVALUES} eigenvalues: 1"
     if matrix in held_at_one(matrix_index, config):
         return f"{flag('router')} one: 1"
@@ -143,6 +143,9 @@ def _rule(
         return f"{flag('hyperball')}: the head has 1"
     if matrix in EMBEDDING_IDS and (mapped or config.policy == "embedding-only"):
         return f"{flag('embedding')} {config.embedding}"
+    if config.role_table is not None:
+        pattern = read_role_table(config.role_table).pattern_of(matrix)
+        return f"row {pattern!r} of {flag('role_table')}" if pattern else "no row matches: 1"
     return ""
 
 
@@ -200,6 +203,8 @@ def explain_matrix(
     base_rate, decay = base or (None, None)
     if decay is not None and not on_rate:
         decay *= multiplier
+    elif decay is not None and multiplier == 0:
+        decay = 0.0
     elif decay is not None and config.weight_decay == "decoupled":
         decay /= multiplier
     info = matrix_index[matrix]

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": ("compare", "train a grid of policies, learning rates and seeds, and report"),
     "report": ("report", "figures and a summary of a run"),
     "extrapolate-lr": ("extrapolate_lr", "the optimal learning rate for more training tokens"),
+    "export-multipliers": ("export_multipliers", "multipliers of a run for use without it"),
     "self-test": ("self_test", "check this machine; with torchrun, all ranks of a cluster"),
 }
 

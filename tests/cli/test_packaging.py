@@ -79,7 +79,8 @@ def test_the_archives_hold_the_package_and_its_metadata(archives: Path) -> None:
         names = archive.namelist()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         described = Metadata.from_email(archive.read(metadata), validate=True)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_llr").rglob("*.py")}
+    sources = [*(ROOT / "megatron_llr").rglob("*.py"), *(ROOT / "megatron_llr").rglob("*.yaml")]
+    modules = {str(path.relative_to(ROOT)) for path in sources}
     assert modules <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "megatron_llr",

@@ -26,6 +26,7 @@ from tests.triton.adam import (
 )
 
 EVERY = pytest.mark.parametrize("name", OPTIMIZERS)
+STEPS = ("fused", "grouped")
 
 
 def step_and_check(model: Model, name: str, seed: int, device: str, **gradients: Any) -> None:
@@ -69,6 +70,30 @@ def test_decay_as_at_multiplier_1(name: str, device: str) -> None:
     model = Model(name, device, "fused", decoupled_decay=True)
     for seed in range(2):
         step_and_check(model, name, seed, device)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@EVERY
+def test_multiplier_0_and_factors_on_the_decay(name: str, decoupled: bool, device: str) -> None:
+    """Frozen weights keep every bit while their moments move; the rest as in param groups."""
+    fused, grouped = (Model(name, device, s, decoupled_decay=decoupled) for s in STEPS)
+    before = fused.snapshot()
+    frozen = {**dict.fromkeys(MULTIPLIERS, 1.0), "k": 0.0, "down": 0.0, "b": 2.0}
+    for seed in range(3):
+        for model in (fused, grouped):
+            assert model.groups is not None
+            model.groups.multipliers = frozen
+            model.groups.decay_factors = {"gate": 0.0, "b": 3.0}
+            model.set_gradients(seed)
+            model.optimizer.step()
+    after, expected = fused.snapshot(), grouped.snapshot()
+    for tensor in TENSORS:
+        kept = rates_of(tensor, device, frozen) == 0
+        assert torch.equal(after[tensor]["p"][kept], before[tensor]["p"][kept])
+        assert (after[tensor]["m"] != 0).all()
+        for key in ("p", "m", "v"):
+            ours, theirs = after[tensor][key], expected[tensor][key]
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
 def test_bf16_and_fp32_gradients(device: str) -> None:

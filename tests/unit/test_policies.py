@@ -120,7 +120,7 @@ def test_a_role_table_gives_every_role_its_constant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", '{"up": 0}', '{"up": "x"}', '{"upper": 1}', '{"up": NaN}', None]
+    "text", ["", "[1]", '{"up": -1}', '{"up": "x"}', '{"upper": 1}', '{"up": NaN}', None]
 )
 def test_a_bad_role_table_is_named(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "roles.json"

@@ -12,7 +12,6 @@ from megatron_llr import LLRConfig, assign_multipliers, state
 from megatron_llr.config import settings_of
 from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies import acts_on, targets_for
-from megatron_llr.policies.constant import LLR_CONSTANTS
 from megatron_llr.policies.registry import load_policy
 from megatron_llr.policy_table import POLICIES, summaries
 from tests.reference.matrix_ids import by_id, info
@@ -74,7 +73,7 @@ def test_the_embedding_alone() -> None:
 def test_the_constants_that_llr_converged_to() -> None:
     found = targets_for(ALPHAS, config("fixed"))
     assert found["block.3.attention.k"] == 1.24
-    assert found["block.0.mlp.up"] == LLR_CONSTANTS["up"] == 2.7
+    assert found["block.0.mlp.up"] == 2.7
     assert found["head"] == 5.0
 
 

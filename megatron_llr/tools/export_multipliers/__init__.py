@@ -1,0 +1,1 @@
+"""Export the multipliers of a run to role tables, Megatron, NeMo Automodel and torchtitan."""
