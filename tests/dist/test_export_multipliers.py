@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Run, train
 from megatron.training import training
 
@@ -14,7 +15,8 @@ from megatron_llr.policies import read_role_table
 from megatron_llr.telemetry.read_logs import read_rows
 from megatron_llr.tools.export_multipliers import cli
 
-pytestmark = pytest.mark.world_size(1)
+LAYOUTS = {1: "", 2: "--pipeline-model-parallel-size 2"}
+ONE_RANK = pytest.mark.world_size(1)
 
 # Fused matrices agree.
 AGREEING = """
@@ -58,25 +60,32 @@ def train_plain(exported: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) ->
 
 
 def export(folder: Path, name: str, *arguments: str) -> Path:
-    """Export from the checkpoint in a folder."""
+    """Export on one rank, from the checkpoint in a folder or from `--llr-log-dir log`."""
     target = folder / name
-    assert cli.main([str(folder / "saved"), str(target), *arguments]) == 0
+    if dist.get_rank() == 0:
+        source = "log" if name == "logged.yaml" else "saved"
+        assert cli.main([str(folder / source), str(target), *arguments]) == 0
+    dist.barrier()
     return target
 
 
 def assert_close(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """Norm-wise: Adam makes large steps of elements with small gradients out of rounding."""
     assert ours.keys() == theirs.keys()
-    for matrix, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[matrix], rtol=1e-4, atol=1e-6, msg=matrix)
+    errors = {m: float((w - theirs[m]).norm() / theirs[m].norm()) for m, w in ours.items()}
+    assert max(errors.values()) < 1e-4, errors
 
 
+@pytest.mark.world_size(1, 2)
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 def test_a_run_with_the_overrides_is_the_run_with_the_table(
     decay: str, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All eight updates, with a warmup and a decay of the rate."""
-    (shared_dir / "t.yaml").write_text(AGREEING)
-    flags = "--weight-decay 1.0"
+    if dist.get_rank() == 0:
+        (shared_dir / "t.yaml").write_text(AGREEING)
+    dist.barrier()
+    flags = f"--weight-decay 1.0 {LAYOUTS[dist.get_world_size()]}"
     table = f"--llr-policy fixed --llr-role-table {shared_dir}/t.yaml --llr-weight-decay {decay}"
     logs = f"--llr-log-dir {shared_dir}/log --llr-log-relative-update"
     run = train(flags, table, logs, f"--save {shared_dir}/saved --save-interval 8")
@@ -86,9 +95,7 @@ def test_a_run_with_the_overrides_is_the_run_with_the_table(
     assert plain.losses == pytest.approx(run.losses, rel=1e-5)
     assert_close(ours, plain.whole_weights())
     # The same from the logs, which say that a frozen matrix did not move.
-    target = shared_dir / "logged.yaml"
-    assert cli.main([str(shared_dir / "log"), str(target)]) == 0
-    logged = read_role_table(str(target))
+    logged = read_role_table(str(export(shared_dir, "logged.yaml")))
     assert {m: logged.row(m).multiplier for m in run.multipliers} == run.multipliers
     rows = [
         r for r in read_rows(shared_dir / "log" / "learning_rates.csv") if r["iteration"] == "8"
@@ -97,6 +104,7 @@ def test_a_run_with_the_overrides_is_the_run_with_the_table(
     assert still == {"block.1.attention.o"}
 
 
+@ONE_RANK
 def test_measured_multipliers_up_to_fused_parameters(
     shared_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +141,7 @@ def test_measured_multipliers_up_to_fused_parameters(
     assert "--decay coupled has no effect" in capsys.readouterr().err
 
 
+@ONE_RANK
 def test_runs_that_plain_megatron_cannot_repeat_are_refused(
     shared_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
