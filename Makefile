@@ -9,7 +9,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md Makefile docs examples megatron_
 export LLR_GOLDEN_DIR ?= $(abspath $(wildcard ../shared/golden))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-te setup lint side-by-side unit dist gpu clean
+.PHONY: demo test test-te setup lint side-by-side unit dist soak gpu clean
 
 setup:
 	@tools/bootstrap.sh
@@ -51,6 +51,12 @@ dist:
 		echo "== world size $$world"; \
 		$(PYTHON) tests/torchrun.py $$world tests/dist/test_llama.py || exit 1; \
 	done
+
+# A job that is killed at random moments and restarted; its short form is in tests/cli/test_kill.py.
+SOAK_SECONDS ?= 3600
+SOAK_SEED ?= 0
+soak: setup
+	$(PYTHON) tests/soak/soak.py --seconds $(SOAK_SECONDS) --seed $(SOAK_SEED)
 
 # For a machine with a GPU and no network; run tools/gpu_wheels.sh first, where there is a network.
 WHEELS ?= wheels

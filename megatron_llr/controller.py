@@ -132,7 +132,9 @@ class LayerwiseController:
                 MatrixId.read(m): math.nan if a is None else a for m, a in saved.items()
             }
         together(
-            lambda: self._observer.open(measured_up_to=s if resumed else s - 1, rates_up_to=s - 1)
+            lambda: self._observer.open(
+                measured_up_to=s if resumed else s - 1, rates_up_to=s - 1, resumed=resumed
+            )
         )
         if not resumed:
             self._measure()

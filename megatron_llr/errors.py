@@ -3,6 +3,8 @@
 The text is the same on every rank.
 """
 
+import reprlib
+
 
 def message(what: str, *, got: object, allowed: str, remedy: str) -> str:
     """The text of an error about one value: a line of short sentences.
@@ -20,6 +22,15 @@ def message(what: str, *, got: object, allowed: str, remedy: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; empty if it has none."""
     return (str(error).splitlines() or [""])[0]
+
+
+def shown(value: object) -> str:
+    """A value from a file for an error message: one line, of limited length."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        # Python refuses to print an integer of thousands of digits.
+        return f"a {type(value).__name__} that is too long to print"
 
 
 def user_error(what: str, *, got: object, allowed: str, remedy: str) -> ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag, settings_of
-from megatron_llr.errors import input_error
+from megatron_llr.errors import input_error, shown
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.output import and_more
 
@@ -43,6 +43,8 @@ def decode(text: str | None) -> dict[str, Any] | None:
     Raises:
         ValueError: if the text is not a document of this package.
     """
+    if not isinstance(text, str | None):
+        raise _unreadable(shown(text))
     if not text:
         return None
     try:
@@ -55,11 +57,68 @@ def decode(text: str | None) -> dict[str, Any] | None:
             named = zip(matrices, listed, strict=True) if listed else ()
             tables[name] = {matrix: value for matrix, value in named if value is not _UNNAMED}
         return _with_tables(document, tables)
-    except (TypeError, KeyError, ValueError) as broken:
-        raise input_error(
-            f"The extension's state in the checkpoint cannot be read. It begins with {text[:60]!r} "
-            f"and must be a JSON document of version {VERSION}. To continue, {_RESET}."
-        ) from broken
+    except (
+        *(AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
+    ) as broken:
+        raise _unreadable(f"it begins with {text[:60]!r}") from broken
+
+
+def _unreadable(what: str) -> ValueError:
+    return input_error(
+        f"The extension's state in the checkpoint cannot be read: {what}. It must be a JSON "
+        f"document of version {VERSION}. To continue, {_RESET}."
+    )
+
+
+def _require_valid(document: Mapping[str, Any]) -> None:
+    """Refuse a document without the values that `controller.state_dict` writes."""
+    schedule = document.get("schedule")
+    schedule = schedule if isinstance(schedule, Mapping) else {}
+    matrices: Any = document.get("matrices")
+    texts = isinstance(matrices, list) and all(isinstance(matrix, str) for matrix in matrices)
+    known = set(matrices) if texts else set()
+    observed_at = schedule.get("observed_at")
+    old: Any = schedule.get("old")
+    new: Any = schedule.get("new")
+    valid = {
+        "matrices": texts and len(known) == len(matrices or ()),
+        "next_update": _is_whole(document.get("next_update"), 1),
+        "meaning": isinstance(document.get("meaning"), Mapping),
+        "timing": isinstance(document.get("timing"), Mapping),
+        "schedule.start": _is_whole(schedule.get("start"), 1),
+        "schedule.window_end": _is_whole(schedule.get("window_end"), 0),
+        "schedule.ramp": _is_whole(schedule.get("ramp"), 0),
+        "schedule.observed_at": "observed_at" in schedule
+        and (observed_at is None or _is_whole(observed_at, 1)),
+        "schedule.old": _is_table(old, known),
+        "schedule.new": _is_table(new, known) and isinstance(old, Mapping) and set(new) == set(old),
+        "alphas": _is_table(document.get("alphas"), known, least=-(2.0**1000), unknown=True),
+        "radii": _is_table(document.get("radii", {}), known),
+    }
+    wrong = [name for name, is_valid in valid.items() if not is_valid]
+    if wrong:
+        raise _unreadable(f"its {', '.join(wrong)} cannot be those of a run")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_table(value: Any, known: set[str], *, least: float = 0, unknown: bool = False) -> bool:
+    """Whether it maps matrix ids to finite numbers from `least`, or to None if `unknown`."""
+    return (
+        isinstance(value, Mapping)
+        and set(value) <= known
+        and all(
+            (number is None and unknown)
+            or (
+                isinstance(number, int | float)
+                and not isinstance(number, bool)
+                and least <= number < 2.0**1000
+            )
+            for number in value.values()
+        )
+    )
 
 
 def _tables(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,11 +163,13 @@ def check(
         ValueError: if the version or the matrices differ, or a setting that gives the saved
             multipliers their meaning has changed.
     """
-    if int(document["version"]) != VERSION:
+    version = document.get("version")
+    if version != VERSION:
         raise input_error(
-            f"The extension's state in the checkpoint has version {document['version']}. This "
+            f"The extension's state in the checkpoint has version {shown(version)}. This "
             f"package reads version {VERSION}. Install the megatron-llr that wrote it, or {_RESET}."
         )
+    _require_valid(document)
     saved, here = set(document["matrices"]), set(map(str, matrix_index))
     if saved != here:
         only_saved = and_more(sorted(saved - here), 3) or "none"

@@ -1,13 +1,20 @@
 """The program of `pretrain_gpt_llr.py`, for `torchrun -m megatron_llr.megatron.pretrain`."""
 
+import multiprocessing
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_llr.megatron import launch
+
+# Spawned processes import the main module, and so this one, before they begin to work.
+if multiprocessing.current_process().name != "MainProcess":
+    launch.end_with_rank()
 
 
 @record
 def main() -> None:
     """Choose the device, then train."""
+    launch.end_with_launcher()
     launch.main_arguments()
     # Imports megatron, which must not happen before the device is chosen.
     from megatron_llr.megatron import job

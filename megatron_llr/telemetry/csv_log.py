@@ -1,8 +1,12 @@
 """measurements.csv, learning_rates.csv and the latest spectra, written by one rank."""
 
+import contextlib
 import csv
+import io
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,33 @@ from megatron_llr.output import replaced_file
 from megatron_llr.spectrum.record import SpectrumTable
 from megatron_llr.telemetry import log_rows
 
+logger = logging.getLogger(__name__)
+
+_LONGEST_LINE = 2**16
+_UPDATE = re.compile(r"[0-9]{1,18}")
+
+
+def complete_rows(path: Path) -> Iterator[tuple[int, dict[str, str] | None]]:
+    """Rows of a run's CSV file with their line numbers; None for a line that is not a row.
+
+    A last line without its end is left out: a job is writing it, or was killed. Cells of these
+    files have no commas, quotes or line breaks.
+    """
+    header: list[str] | None = None
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            if not line.endswith(b"\n"):
+                if len(line) == _LONGEST_LINE:
+                    yield number, None
+                continue
+            text = line.decode(errors="replace").removeprefix("\ufeff").rstrip("\r\n")
+            cells = text.split(",")
+            if header is None:
+                header = cells
+            elif text:
+                valid = len(cells) == len(header) and not {"\0", "\ufffd"} & set(text)
+                yield number, dict(zip(header, cells, strict=True)) if valid else None
+
 
 @dataclass(frozen=True)
 class _CsvFile:
@@ -24,7 +55,7 @@ class _CsvFile:
     fields: tuple[str, ...]
 
     def cut(self, last_iteration: int) -> None:
-        """Rewrite it with its header and the rows up to an iteration; a torn last row is dropped.
+        """Rewrite it with its header and the rows up to an iteration; damaged rows are dropped.
 
         Columns that an earlier version did not write stay empty in its rows.
         """
@@ -32,19 +63,42 @@ class _CsvFile:
             writer = csv.DictWriter(file, self.fields)
             writer.writeheader()
             if self.path.exists():
-                with self.path.open(newline="") as before:
-                    rows = csv.DictReader(before)
-                    writer.writerows(row for row in rows if self._keeps(row, last_iteration))
+                rows = (row for _, row in complete_rows(self.path) if row is not None)
+                writer.writerows(row for row in rows if self._keeps(row, last_iteration))
 
     def _keeps(self, row: Mapping[str, str], last_iteration: int) -> bool:
-        whole = set(row) <= set(self.fields) and None not in row.values()
-        number = row.get("iteration") or ""
-        return whole and number.isdigit() and int(number) <= last_iteration
+        number = row.get("iteration", "")
+        known = set(row) <= set(self.fields) and _UPDATE.fullmatch(number) is not None
+        return known and int(number) <= last_iteration
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows at the end."""
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerows(rows)
+        """Write rows at the end, all or none. A file that was removed or emptied begins again.
+
+        Raises:
+            OSError: if they cannot be written; the file is then as before.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.fields)
+            if size == 0:
+                logger.warning(
+                    "megatron_llr: %s was removed or emptied. It begins again, and its earlier "
+                    "rows are lost",
+                    self.path,
+                )
+                writer.writeheader()
+            writer.writerows(rows)
+            rest = memoryview(text.getvalue().encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                # Half a row would be continued by the next one.
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
 
 
 class CsvLog:
@@ -62,17 +116,22 @@ class CsvLog:
         self._others = files_of(self.folder, by_role=not by_role)
         self._spectra = self.folder / "spectra.npz"
 
-    def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
+    def open(self, *, measured_up_to: int, rates_up_to: int) -> bool:
         """Begin the files, or cut the rows that a resumed run will write again.
 
         Args:
             measured_up_to: last update whose measurement is kept.
             rates_up_to: last update whose learning rates are kept.
 
+        Returns:
+            Whether the folder had none of these files.
+
         Raises:
             OSError: if the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        files = (self._measurements, self._rates, *self._others)
+        new = not any(file.path.exists() for file in files)
         ends = (measured_up_to, rates_up_to)
         for file, end in zip((self._measurements, self._rates), ends, strict=True):
             file.cut(end)
@@ -80,6 +139,7 @@ class CsvLog:
         for file, end in zip(self._others, ends, strict=True):
             if file.path.exists():
                 file.cut(end)
+        return new
 
     def write_measurement(
         self,

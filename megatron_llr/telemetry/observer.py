@@ -106,14 +106,24 @@ class Observer:
         """Whether this rank wants the singular values of every measurement."""
         return self._csv is not None and not self._csv.by_role
 
-    def open(self, *, measured_up_to: int, rates_up_to: int) -> None:
+    def open(self, *, measured_up_to: int, rates_up_to: int, resumed: bool = False) -> None:
         """Begin the files, or cut what a resumed run will write again.
+
+        Args:
+            measured_up_to: last update whose measurement is kept.
+            rates_up_to: last update whose learning rates are kept.
+            resumed: whether earlier rows are expected.
 
         Raises:
             OSError: if the folder cannot be written.
         """
         if self._csv is not None:
-            self._csv.open(measured_up_to=measured_up_to, rates_up_to=rates_up_to)
+            new = self._csv.open(measured_up_to=measured_up_to, rates_up_to=rates_up_to)
+            if new and resumed:
+                self.say(
+                    f"{self._csv.folder} has no CSV files of this run: they begin at update "
+                    f"{rates_up_to + 1}, and earlier rows are lost"
+                )
         if self._wandb is not None:
             self._to_writer("the axes of W&B's curves", self._define_axes)
 

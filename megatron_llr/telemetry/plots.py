@@ -25,10 +25,13 @@ def _role_rank(role: str) -> tuple[int, str]:
     return (ROLES.index(role) if role in ROLES else len(ROLES), role)
 
 
-def multiplier_map(folder: Path, target: Path) -> None:
+def multiplier_map(folder: Path, target: Path) -> bool:
     """Heat-map block x role of the multipliers that the last measurement gave.
 
     Where a block has several matrices of a role (experts), their mean.
+
+    Returns:
+        False, and draws nothing, if no block has a multiplier.
     """
     plt = pyplot()
     measured = last_measurement(folder)
@@ -37,11 +40,15 @@ def multiplier_map(folder: Path, target: Path) -> None:
         for (block, role), spread in measured.multipliers.items()
         if block.isdigit()
     }
+    if not found:
+        return False
     blocks = sorted({block for block, _ in found})
     roles = sorted({role for _, role in found}, key=_role_rank)
     cells = [[found.get((block, role), float("nan")) for role in roles] for block in blocks]
     figure, axes = plt.subplots(
-        figsize=(1.6 + 0.75 * len(roles), 1.4 + 0.42 * len(blocks)), layout="constrained"
+        # Of thousands of blocks, an image that can still be opened.
+        figsize=(1.6 + 0.75 * len(roles), min(1.4 + 0.42 * len(blocks), 60)),
+        layout="constrained",
     )
     image = axes.imshow(cells, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(roles)), roles, rotation=45 if len(roles) > 8 else 0)
@@ -60,6 +67,7 @@ def multiplier_map(folder: Path, target: Path) -> None:
     figure.colorbar(image, ax=axes, label="multiplier")
     figure.savefig(target, dpi=130)
     plt.close(figure)
+    return True
 
 
 def learning_rate_lines(folder: Path, target: Path) -> None:

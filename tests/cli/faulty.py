@@ -16,7 +16,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# The second as pretrain_gpt_llr.py does, for processes that a rank spawns.
 from megatron_llr.measurement import measure  # noqa: E402
+from megatron_llr.megatron import pretrain  # noqa: E402, F401
 
 
 def main() -> None:

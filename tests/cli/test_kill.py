@@ -1,150 +1,34 @@
 """Kill -9 a job, or one rank of it, anywhere; start it again with the same command."""
 
-import fcntl
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
 
+from tests.cli.jobs import (
+    FIRST,
+    LAST,
+    Job,
+    Step,
+    after,
+    fill_disk,
+    iteration,
+    kill_launcher,
+    remove_logs,
+)
 from tests.cli.test_script import MODEL, ROOT, environment
 
-# Saves after 60 and 100; 60 lies inside the ramp that began at update 40.
-FLAGS = (
-    "--train-iters 100 --save-interval 60 --llr-interval 40 --llr-ramp-iters 30 "
-    "--bf16 --use-distributed-optimizer --attention-dropout 0 --hidden-dropout 0"
-).split()
-FIRST, LAST = 60, 100
 FAULTY = Path(__file__).with_name("faulty.py")
-
 FORMATS = {
     "dist": "",
-    "fully": "--dist-ckpt-optim-fully-reshardable",
     "async": "--async-save --use-persistent-ckpt-worker",
     "torch": "--ckpt-format torch",
 }
-
-
-class Job:
-    """The script under torchrun, two ranks unless told otherwise, everything in one folder."""
-
-    def __init__(self, folder: Path, saved_as: str, ranks: int = 2) -> None:
-        self.folder = folder
-        self.command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "pretrain_gpt_llr.py"),
-            *(*MODEL, *FLAGS, *saved_as.split()),
-            *("--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")),
-            *("--tensorboard-dir", str(folder / "tensorboard"), "--llr-log-dir", str(folder)),
-        ]
-
-    def _start(self, output: Any = subprocess.PIPE) -> "subprocess.Popen[bytes]":
-        # Unbuffered, so that the pipe alone lies between the job and its reader.
-        quiet = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        mark = {"LLR_TEST_JOB": str(self.folder)}
-        return subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env={**environment(), **quiet, **mark},
-            bufsize=0,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def fail(self) -> str:
-        """Run to an end that must be an error; what it printed."""
-        with tempfile.TemporaryFile() as printed:
-            process = self._start(printed)
-            try:
-                assert process.wait(timeout=1800) != 0
-            finally:
-                # Megatron's checkpoint worker outlives a rank that was killed.
-                for left in psutil.process_iter(["environ"]):
-                    if (left.info["environ"] or {}).get("LLR_TEST_JOB") == str(self.folder):
-                        left.kill()
-            printed.seek(0)
-            return printed.read().decode(errors="replace")
-
-    def finish(self) -> str:
-        """Run to the end; what it printed."""
-        process = self._start()
-        output, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0, output.decode()[-3000:]
-        return output.decode()
-
-    def kill_when(self, seen: Any) -> list[str]:
-        """SIGKILL every process of the job once `seen(line)`; the lines until then.
-
-        The pipe holds one page: once it is no longer read, the job stands still after some fifteen
-        iterations at most, however long the kill takes.
-        """
-        process = self._start()
-        assert process.stdout is not None
-        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        lines: list[str] = []
-        try:
-            while not (lines and seen(lines[-1])):
-                line = b""
-                while not line.endswith(b"\n"):
-                    byte = process.stdout.read(1)
-                    assert byte, "the job ended by itself:\n" + "\n".join(lines[-30:])
-                    line += byte
-                lines.append(line.decode(errors="replace").rstrip())
-        finally:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-            for member in family:
-                member.send_signal(signal.SIGKILL)
-            process.stdout.close()
-            psutil.wait_procs(family, timeout=1800)
-            process.wait(timeout=1800)
-        return lines
-
-    @property
-    def last_saved(self) -> int:
-        """The iteration that a restart goes on from; 0 before the first save."""
-        tracker = self.folder / "checkpoint" / "latest_checkpointed_iteration.txt"
-        return int(tracker.read_text()) if tracker.exists() else 0
-
-    def losses(self) -> dict[int, float]:
-        """TensorBoard's loss by iteration (the log line after a start averages two)."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        found: dict[int, float] = {}
-        for path in sorted(
-            (self.folder / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime
-        ):
-            events = EventAccumulator(str(path))
-            events.Reload()
-            if "lm loss" in events.Tags()["scalars"]:
-                found.update((point.step, point.value) for point in events.Scalars("lm loss"))
-        return found
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's tensors in the last torch_dist checkpoint."""
-        from torch.distributed import checkpoint
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        reader = checkpoint.FileSystemReader(self.folder / "checkpoint" / f"iter_{LAST:07d}")
-        found = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer")
-        }
-        checkpoint.load(found, storage_reader=reader, no_dist=True)
-        return found
-
-
-def iteration(line: str) -> int:
-    found = re.search(r"iteration +(\d+)/", line)
-    return int(found.group(1)) if found else 0
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +47,17 @@ def assert_the_same(restarted: Job, unbroken: Job) -> None:
     }
     # Rates over norms of all weights, after every update; no row twice, none lost.
     for name in ("learning_rates.csv", "measurements.csv"):
-        assert (restarted.folder / name).read_bytes() == (unbroken.folder / name).read_bytes()
+        assert (restarted.log / name).read_bytes() == (unbroken.log / name).read_bytes()
 
 
-def assert_same_weights(restarted: Job, unbroken: Job) -> None:
-    expected, found = unbroken.weights(), restarted.weights()
-    assert found.keys() == expected.keys()
-    assert "decoder.layers.mlp.linear_fc1.weight" in found
-    for name, weight in found.items():
-        assert torch.equal(weight, expected[name]), name
+def assert_same_state(restarted: Job, unbroken: Job) -> None:
+    """Weights, optimizer and multipliers, to the bit."""
+    differing = restarted.differences(unbroken)
+    assert "decoder.layers.mlp.linear_fc1.weight" in restarted.tensors()
+    assert not differing
 
 
-@pytest.mark.parametrize("name", ["fully", "async", "torch"])
+@pytest.mark.parametrize("name", ["async", "torch"])
 def test_killed_between_two_saves(name: str, unbroken: Job, tmp_path: Path) -> None:
     job = Job(tmp_path, FORMATS[name])
     job.kill_when(lambda line: iteration(line) > FIRST and job.last_saved == FIRST)
@@ -182,7 +65,7 @@ def test_killed_between_two_saves(name: str, unbroken: Job, tmp_path: Path) -> N
     assert f"from {tmp_path / 'checkpoint'} " in job.finish()
     assert_the_same(job, unbroken)
     if name != "torch":
-        assert_same_weights(job, unbroken)
+        assert_same_state(job, unbroken)
 
 
 def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
@@ -198,7 +81,7 @@ def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
     # What was saved of two replicas goes on with one (dp-reshardable), up to rounding.
     one = Job(tmp_path, "--exit-interval 70", ranks=1)
     one.command[one.command.index("--save") + 1] = str(tmp_path / "one")
-    one.command[one.command.index("--llr-log-dir") + 1] = str(tmp_path / "one")
+    one.command[one.command.index("--llr-log-dir") + 1] = str(tmp_path / "one" / "log")
     one.command[one.command.index("--tensorboard-dir") + 1] = str(tmp_path / "one" / "tensorboard")
     one.finish()
     one.folder = tmp_path / "one"
@@ -209,24 +92,37 @@ def test_killed_within_a_save(unbroken: Job, tmp_path: Path) -> None:
     # And with both, to the bit.
     job.finish()
     assert_the_same(job, unbroken)
-    assert_same_weights(job, unbroken)
+    assert_same_state(job, unbroken)
 
 
-def test_a_rank_that_dies_within_a_measurement_ends_the_job(unbroken: Job, tmp_path: Path) -> None:
-    """Rank 1, before it shares its records in the measurement before update 80, the third."""
+def test_three_deaths_and_a_removed_log(unbroken: Job, tmp_path: Path) -> None:
+    """The short form of `make soak`: a rank, the launcher, a full disk."""
     job, faulty = Job(tmp_path, ""), Job(tmp_path, "")
     script = faulty.command.index("pretrain_gpt_llr.py")
     faulty.command[script : script + 1] = [str(FAULTY), "SIGKILL", "3"]
-    printed = faulty.fail()
-    assert "broke off during a measurement: RuntimeError: " in printed
-    assert "Look for the first error of the other ranks: one of them died" in printed
-    assert "Signal 9 (SIGKILL)" in printed
-    assert "iteration       78/     100" in printed
-    assert "iteration       79/     100" not in printed
+    # Rank 1 dies before it shares its records in the measurement before update 80, the third.
+    ended = faulty.disturb()
+    assert ended.code not in (0, None)
+    assert "broke off during a measurement: RuntimeError: " in ended.text
+    assert "Look for the first error of the other ranks: one of them died" in ended.text
+    assert "Signal 9 (SIGKILL)" in ended.text
+    assert "iteration       78/     100" in ended.text
+    assert "iteration       79/     100" not in ended.text
     assert job.last_saved == FIRST
-    job.finish()
-    assert_the_same(job, unbroken)
-    assert_same_weights(job, unbroken)
+    ended = job.disturb(Step(after(65), remove_logs), Step(after(70), kill_launcher))
+    assert (ended.code, ended.acted) == (-signal.SIGKILL, True)
+    assert "learning_rates.csv was removed or emptied" in ended.text
+    assert (job.log / "learning_rates.csv").read_text().startswith("iteration,")
+    # The log that cannot be written is a warning, the checkpoint an error.
+    ended = job.disturb(Step(after(65), fill_disk))
+    assert (ended.code != 0, ended.acted) == (True, True)
+    assert "log not written: " in ended.text
+    assert job.last_saved == FIRST
+    assert f"from {tmp_path / 'checkpoint'} " in job.finish()
+    assert job.differences(unbroken, gone_up_to=FIRST) == []
+    expected, found = unbroken.losses(), job.losses()
+    for step in range(FIRST + 1, LAST + 1):
+        assert found[step] == expected[step]
 
 
 def test_a_rank_that_stands_still_is_noticed_when_the_time_is_up() -> None:

@@ -1,13 +1,17 @@
 """The state document as a checkpoint carries it: ids once."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_llr import LLRConfig, state
 from megatron_llr.policies import meaning_of
+from megatron_llr.schedule import MultiplierSchedule
 from tests.reference.matrix_ids import by_id, info
 
 MATRICES = ["embedding", *(f"block.0.mlp.expert.{number}.up" for number in range(3))]
@@ -82,3 +86,97 @@ def test_another_version_is_left_to_the_check(version: int) -> None:
     assert state.decode(json.dumps(other)) == other
     with pytest.raises(ValueError, match=rf"has version {version}"):
         state.check(other, LLRConfig(), {}, {})
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([*MATRICES, 10**400, 2**63]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(MATRICES) | st.text(max_size=6), inner)
+    ),
+    max_leaves=5,
+)
+PLACES = [(key,) for key in DOCUMENT] + [("schedule", key) for key in DOCUMENT["schedule"]]
+
+
+def continue_from(text: Any) -> None:
+    """What a resumed run does with the text in its checkpoint: it continues, or one clear error."""
+    matrix_index = by_id({m: info(m) for m in MATRICES})
+    message, document = "", None
+    try:
+        document = state.decode(text)
+        if document:
+            state.check(document, LLRConfig(), matrix_index, LLRConfig().meaning())
+    except ValueError as error:
+        message = str(error)
+    if message:
+        assert message.startswith("megatron_llr: ")
+        assert "--llr-reset-state" in message
+        assert "\n" not in message
+        assert len(message) < 2000
+    if message or not document:
+        return
+    schedule = MultiplierSchedule.resume(LLRConfig(), document["schedule"])
+    for update in (document["next_update"], document["next_update"] + 1):
+        assert all(math.isfinite(m) for m in schedule.multipliers(update).values())
+        schedule.due(update)
+        schedule.settled(update)
+    assert state.decode(state.encode(document)) == document
+    state.digest(document)
+
+
+def packed_with(place: tuple[str, ...], value: Any) -> str:
+    packed = json.loads(state.encode(DOCUMENT))
+    inner = packed
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is REMOVED:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return json.dumps(packed)
+
+
+REMOVED = object()
+
+
+@given(place=st.sampled_from(PLACES), value=JSON | st.just(REMOVED))
+def test_any_value_in_a_document(place: tuple[str, ...], value: Any) -> None:
+    continue_from(packed_with(place, value))
+
+
+@given(place=st.sampled_from(["old", "new", "alphas", "radii"]), value=JSON)
+def test_any_number_in_a_table(place: str, value: Any) -> None:
+    where = ("schedule", place) if place in ("old", "new") else (place,)
+    continue_from(packed_with(where, [value, *[1.5] * 3]))
+
+
+@given(
+    text=st.text(max_size=80)
+    | JSON.map(json.dumps)
+    | JSON
+    | st.sampled_from(["[" * 100_000, '{"version":' + "1" * 5000 + "}", '{"version":Infinity}'])
+)
+def test_any_text_as_a_document(text: Any) -> None:
+    continue_from(text)
+
+
+@given(
+    place=st.integers(0, 900), inserted=st.text("0-9.eE[]{},:\"'naN", max_size=3), cut=st.booleans()
+)
+def test_a_document_with_something_inserted(place: int, inserted: str, cut: bool) -> None:
+    text = state.encode(DOCUMENT)
+    continue_from(text[:place] + inserted + ("" if cut else text[place + 1 :]))
+
+
+@pytest.mark.parametrize("place", [("schedule", "old"), ("schedule", "new"), ("radii",)])
+def test_zeros_of_frozen_matrices_and_of_zero_weights_are_valid(place: tuple[str, ...]) -> None:
+    document = state.decode(packed_with(place, [0.0] * len(MATRICES)))
+    assert document is not None
+    matrix_index = by_id({m: info(m) for m in MATRICES})
+    state.check(document, LLRConfig(), matrix_index, LLRConfig().meaning())

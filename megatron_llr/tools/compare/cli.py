@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report(grid)
             return 0
         waiting = pending(grid, rerun_changed=given.rerun_changed)
-    except (ValueError, ImportError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     if given.dry_run:
@@ -82,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Finished runs are kept; the same command runs the others.", file=sys.stderr)
         raise
-    except (ValueError, ImportError) as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 1 if failed else 0

@@ -2,13 +2,11 @@
 
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-from megatron_llr.errors import input_error
+from megatron_llr.errors import shown
 from megatron_llr.tools.compare.command_flags import value_of
 from megatron_llr.tools.compare.counterparts import with_counterparts
 from megatron_llr.tools.compare.grid import (
@@ -18,6 +16,7 @@ from megatron_llr.tools.compare.grid import (
     Grid,
     Sensitivity,
 )
+from megatron_llr.tools.compare.yaml_file import GridFile, read_yaml
 
 _KEYS = {
     "out": "folder of the runs and of the report",
@@ -49,69 +48,15 @@ _OWN_FLAGS = (
     "--save",
     "--load",
 )
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Part of the name of a folder, which may have 255 bytes.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _RANKS = ("--nproc-per-node", "--nproc_per_node")
 # Rates that `extend: true` may add for a policy and length.
 _ADDED_RATES = 4
 # Contexts of CUDA take about half a GB each: more jobs would leave no room for models.
 _MOST_JOBS_PER_GPU = 32
-
-
-class _File:
-    """The keys of one YAML file, each checked as it is read."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def refused(self, got: object, allowed: str) -> ValueError:
-        """The error for one key."""
-        return input_error(
-            f"The grid {self.path} has {got}. It must have {allowed}. Correct the file."
-        )
-
-    def words(self, text: Any, key: str) -> tuple[str, ...]:
-        """Flags given as one string or as a list of words; none if absent."""
-        if text is None:
-            return ()
-        if isinstance(text, str):
-            return tuple(shlex.split(text, comments=True))
-        if isinstance(text, Sequence) and not isinstance(text, bytes):
-            return tuple(str(word) for word in text)
-        raise self.refused(f"{key}: {text!r}", "flags in one string or in a list of words")
-
-    def numbers(self, values: Any, kind: type, key: str, *, above_0: bool) -> tuple[Any, ...]:
-        """Distinct numbers; floats must differ in the six digits that a folder is named with."""
-        try:
-            # YAML 1.1 reads 1e-3 as a string.
-            numbers = tuple(kind(value) for value in values)
-        except (TypeError, ValueError, OverflowError):
-            numbers = ()
-        if not numbers or len(set(numbers)) < len(numbers) or (above_0 and not min(numbers) > 0):
-            allowed = "a list of distinct numbers there" + (", all above 0" if above_0 else "")
-            raise self.refused(f"{key}: {values!r}", allowed)
-        if kind is float and len({f"{value:g}" for value in numbers}) < len(numbers):
-            raise self.refused(f"{key}: {values!r}", "values that differ in their first six digits")
-        return numbers
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number from 0."""
-        value = self.values.get(key, default)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = -1
-        if not 0 <= number < math.inf:
-            raise self.refused(f"{key}: {value!r}", "a number there, 0 or more")
-        return number
-
-    def whole(self, key: str, *, least: int) -> int:
-        """A whole number."""
-        number = self.number(key, least)
-        if number != int(number) or number < least:
-            raise self.refused(
-                f"{key}: {self.values[key]!r}", f"a whole number there, {least} or more"
-            )
-        return int(number)
+_MOST_POLICIES = 200
+_MOST_RUNS = 100_000
 
 
 def read_grid(path: Path, out: Path | None = None) -> Grid:
@@ -132,13 +77,21 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
     absent = [flag for flag in needed if value_of(flags, flag) is None]
     if absent:
         raise file.refused(f"flags without {', '.join(absent)}", f"flags with {', '.join(needed)}")
-    control = str(given.get("control", "uniform"))
+    for flag in BATCH_FLAGS:
+        file.numbers([value_of(flags, flag)], int, flag, above_0=True)
+    control = file.text(given.get("control", "uniform"), "control")
     policies = _policies(file, flags, control)
     launch = file.words(given.get("launch"), "launch")
     extend = given.get("extend", False)
     extend = _ADDED_RATES * extend if isinstance(extend, bool) else file.whole("extend", least=0)
-    return Grid(
-        out=out or Path(str(given["out"])).expanduser(),
+    try:
+        folder = out or Path(file.text(given["out"], "out")).expanduser()
+    except RuntimeError as unknown_user:
+        raise file.refused(
+            f"out: {shown(given['out'])}", "the path of a folder there"
+        ) from unknown_user
+    grid = Grid(
+        out=folder,
         flags=flags,
         policies=policies,
         learning_rates=file.numbers(given["learning_rates"], float, "learning_rates", above_0=True),
@@ -147,40 +100,41 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
         control=control,
         min_lr_ratio=file.number("min_lr_ratio", 0.1),
         launch=launch,
-        script=str(given.get("script", SCRIPT)),
+        script=file.text(given.get("script", SCRIPT), "script"),
         gpus_per_run=_gpus_per_run(file, launch),
         extend=extend,
         sensitivity=_sweep(file, policies, control),
     )
+    axes = (grid.policies, grid.learning_rates, grid.iterations, grid.seeds)
+    if (runs := math.prod(map(len, axes))) > _MOST_RUNS:
+        raise file.refused(f"{runs} runs", f"at most {_MOST_RUNS} runs")
+    return grid
 
 
-def _open(path: Path) -> _File:
-    try:
-        import yaml
-    except ImportError as missing:
-        raise ImportError("Grids need PyYAML: pip install 'megatron-llr[compare]'") from missing
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as broken:
-        raise input_error(
-            f"Cannot read the grid {path}: {type(broken).__name__}: {broken}. It must be a "
-            "readable YAML file. Correct the path or the file."
-        ) from broken
+def _open(path: Path) -> GridFile:
+    given = read_yaml(path)
     if not isinstance(given, dict) or set(given) - set(_KEYS) or set(_NEEDED) - set(given):
         meanings = "; ".join(f"{key}: {meaning}" for key, meaning in _KEYS.items())
-        got = f"keys {sorted(map(str, given))}" if isinstance(given, dict) else repr(given)
-        raise _File(path, {}).refused(
-            got, f"the keys {', '.join(_NEEDED)} and may have others of: {meanings}"
+        got = shown(given)
+        if isinstance(given, dict):
+            others = ", ".join(shown(key) for key in given if key not in _KEYS)
+            absent = ", ".join(key for key in _NEEDED if key not in given)
+            got = f"the key {others}" if others else f"no {absent}"
+        raise GridFile(path, {}).refused(
+            got[:200], f"the keys {', '.join(_NEEDED)} and may have others of: {meanings}"
         )
-    return _File(path, given)
+    return GridFile(path, given)
 
 
-def _policies(file: _File, flags: Sequence[str], control: str) -> dict[str, tuple[str, ...]]:
+def _policies(file: GridFile, flags: Sequence[str], control: str) -> dict[str, tuple[str, ...]]:
     """The policies of the file with their counterparts."""
     given = file.values["policies"]
     if not isinstance(given, dict):
-        raise file.refused(f"policies: {given!r}", "a mapping from names to flags")
-    policies = {str(name): file.words(text, f"policies: {name}") for name, text in given.items()}
+        raise file.refused(f"policies: {shown(given)}", "a mapping from names to flags")
+    if len(given) > _MOST_POLICIES:
+        raise file.refused(f"{len(given)} policies", f"at most {_MOST_POLICIES} policies")
+    names = {name: file.text(name, "policies") for name in given}
+    policies = {names[n]: file.words(given[n], f"policies: {names[n]}") for n in given}
     for name, words in [("flags", flags), *policies.items()]:
         for flag in _OWN_FLAGS:
             if value_of(words, flag) is not None:
@@ -188,13 +142,13 @@ def _policies(file: _File, flags: Sequence[str], control: str) -> dict[str, tupl
                     f"{name}: {flag}", f"no {flag}, which the grid sets for every run"
                 )
     bad = [name for name in policies if not _NAME.fullmatch(name) or name == SENSITIVITY_FOLDER]
-    if bad or control not in policies:
+    if bad or control not in policies or len(policies) < len(given):
         raise file.refused(
-            f"policies {', '.join(policies)}",
-            f"names of letters, digits, . _ - other than {SENSITIVITY_FOLDER}, and one of them "
-            f"must be the control {control!r}",
+            f"policies {', '.join(map(shown, policies))}"[:500],
+            f"distinct names of up to 200 letters, digits, . _ - other than {SENSITIVITY_FOLDER}, "
+            f"and one of them must be the control {shown(control)}",
         )
-    if not file.values.get("counterparts", True):
+    if not file.switch("counterparts", True):
         return policies
     try:
         return with_counterparts(policies, flags, control)
@@ -203,7 +157,7 @@ def _policies(file: _File, flags: Sequence[str], control: str) -> dict[str, tupl
         raise file.refused(conflict, allowed) from None
 
 
-def _iterations(file: _File, flags: Sequence[str]) -> tuple[int, ...]:
+def _iterations(file: GridFile, flags: Sequence[str]) -> tuple[int, ...]:
     """Training lengths in updates, from one of `iterations`, `tokens` and `--train-iters`."""
     given = [key for key in ("iterations", "tokens") if key in file.values]
     in_flags = value_of(flags, "--train-iters")
@@ -224,7 +178,8 @@ def _iterations(file: _File, flags: Sequence[str]) -> tuple[int, ...]:
         lengths = tuple(max(1, round(value / (batch * length))) for value in tokens)
         if len(set(lengths)) < len(lengths):
             raise file.refused(
-                f"{key}: {file.values[key]!r}, or {lengths} updates of {batch * length} tokens",
+                f"{key}: {shown(file.values[key])}, or {shown(lengths)} updates of "
+                f"{batch * length} tokens",
                 "numbers of tokens that differ in whole updates",
             )
     if value_of(flags, "--lr-decay-iters") is not None:
@@ -235,7 +190,7 @@ def _iterations(file: _File, flags: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
-def _gpus_per_run(file: _File, launch: Sequence[str]) -> Fraction:
+def _gpus_per_run(file: GridFile, launch: Sequence[str]) -> Fraction:
     """GPUs of one job: 0, a whole number, or 1/k."""
     if "jobs_per_gpu" in file.values:
         if "gpus_per_run" in file.values:
@@ -243,7 +198,7 @@ def _gpus_per_run(file: _File, launch: Sequence[str]) -> Fraction:
         gpus = Fraction(1, file.whole("jobs_per_gpu", least=1))
     else:
         exact = file.number("gpus_per_run", 1)
-        sharing = 1 / exact if 0 < exact < 1 else 1
+        sharing = min(1 / exact, 1e6) if 0 < exact < 1 else 1
         # 0.33 is a third.
         if abs(round(sharing) - sharing) > 0.02 * sharing or (exact >= 1 and exact != int(exact)):
             raise file.refused(
@@ -264,7 +219,7 @@ def _gpus_per_run(file: _File, launch: Sequence[str]) -> Fraction:
 
 
 def _sweep(
-    file: _File, policies: Mapping[str, tuple[str, ...]], control: str
+    file: GridFile, policies: Mapping[str, tuple[str, ...]], control: str
 ) -> Sensitivity | None:
     """The sweep: a list of factors, or a mapping with factors, policy and roles."""
     given = file.values.get("sensitivity")
@@ -272,26 +227,28 @@ def _sweep(
         return None
     if not isinstance(given, dict):
         given = {"factors": given}
-    unknown = sorted(set(given) - {"factors", "policy", "roles"})
+    unknown = set(given) - {"factors", "policy", "roles"}
     if unknown or "factors" not in given:
         raise file.refused(
-            f"sensitivity: {given!r}",
+            f"sensitivity: {shown(given)}",
             "there a list of factors, or a mapping with factors and perhaps policy and roles",
         )
-    policy = str(given.get("policy", control))
+    policy = file.text(given.get("policy", control), "sensitivity: policy")
     factors = file.numbers(given["factors"], float, "sensitivity", above_0=True)
     if 1 in factors or policy not in policies:
         raise file.refused(
-            f"sensitivity: {given!r}",
-            f"factors there other than 1, and a policy of {', '.join(policies)}",
+            f"sensitivity: {shown(given)}",
+            f"factors there other than 1, and a policy of {', '.join(policies)}"[:1000],
         )
     if value_of(policies[policy], "--llr-policy") == "alphadecay":
         raise file.refused(
             f"sensitivity around {policy}, which sets the weight decay",
             "a policy there that sets learning rates",
         )
-    return Sensitivity(
-        factors=tuple(sorted(factors)),
-        policy=policy,
-        roles=file.words(given.get("roles"), "sensitivity: roles"),
-    )
+    roles = file.words(given.get("roles"), "sensitivity: roles")
+    if not all(map(_NAME.fullmatch, roles)) or len(set(roles)) < len(roles):
+        raise file.refused(
+            f"sensitivity: roles: {shown(list(roles))}",
+            "distinct roles there, such as q, expert.up",
+        )
+    return Sensitivity(factors=tuple(sorted(factors)), policy=policy, roles=roles)

@@ -159,7 +159,7 @@ def _prepare_folder(run: Run) -> None:
         (run.folder / "checkpoint").exists()
         and not (run.folder / DONE).exists()
         and begun.exists()
-        and begun.read_text(encoding="utf-8") == run.digest
+        and begun.read_bytes() == run.digest.encode()
     )
     if run.folder.exists() and not resumes:
         shutil.rmtree(run.folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llr.telemetry.read_logs import last_measurement
+from megatron_llr.telemetry.read_logs import NoMeasurementError, last_measurement
 from megatron_llr.tools.compare.grid import Grid, Run
 from megatron_llr.tools.compare.results import read_result
 from megatron_llr.tools.compare.statistics import mean_of
@@ -122,7 +122,7 @@ def measured_roles(folder: Path) -> list[str]:
     """
     try:
         measured = last_measurement(folder)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NoMeasurementError):
         return []
     roles = dict.fromkeys(role for _, role in measured.exponents)
     present = {role for _, role in measured.counts}

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llr.errors import first_line, input_error
 from megatron_llr.output import replaced_file
 from megatron_llr.tools.compare.grid import Run
 
 DONE = "done.json"
 _RECORD_VERSION = 1
+_MAX_RECORD_BYTES = 2**20
 TRAINING = "lm loss"
 VALIDATION = "lm loss validation"
 
@@ -59,7 +61,13 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        events.Reload()
+        try:
+            events.Reload()
+        except Exception as broken:  # of TensorBoard and protobuf, which have types of their own
+            raise input_error(
+                f"Cannot read {path}: {type(broken).__name__}: {first_line(broken)[:200]}. It must "
+                "be a file of TensorBoard events. Remove it, or run the job again."
+            ) from broken
         for tag in {TRAINING, VALIDATION}.intersection(events.Tags()["scalars"]):
             new = {point.step: point.value for point in reversed(events.Scalars(tag))}
             before = values.get(tag, {}).items()
@@ -83,12 +91,33 @@ def has_diverged(first: float, curve: tuple[tuple[int, float], ...], died_of_nan
 
 
 def read_done(run: Run) -> dict[str, Any] | None:
-    """The record of a finished run, or None if it is missing or cannot be read."""
+    """The record of a finished run, or None if it is missing or is not one."""
+    path = run.folder / DONE
     try:
-        record = json.loads((run.folder / DONE).read_text(encoding="utf-8"))
-        return dict(record) if record["version"] == _RECORD_VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if path.stat().st_size > _MAX_RECORD_BYTES:
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return record if _is_record(record) else None
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a JSON document has what `write_done` writes."""
+    if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
+        return False
+    seconds, settings = record.get("seconds"), record.get("settings")
+    versions = record.get("environment", {})
+    return (
+        isinstance(record.get("digest"), str)
+        and isinstance(settings, list)
+        and all(isinstance(word, str) for word in settings)
+        and isinstance(record.get("died_of_nan"), bool)
+        and isinstance(seconds, (int, float))
+        and 0 <= seconds < math.inf
+        and isinstance(versions, dict)
+        and all(isinstance(version, str) for version in versions.values())
+    )
 
 
 def write_done(run: Run, *, died_of_nan: bool, seconds: float, **more: Any) -> None:

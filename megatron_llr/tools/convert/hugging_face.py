@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_llr.errors import input_error
+from megatron_llr.errors import input_error, shown
 from megatron_llr.output import and_more, cannot_write
-from megatron_llr.tools.convert.input_files import plain_name, read_json, shown
+from megatron_llr.tools.convert.input_files import plain_name, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,7 +1,6 @@
 """JSON files and names from folders that are not trusted."""
 
 import json
-import reprlib
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,11 +14,6 @@ def plain_name(name: object) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable():
         return False
     return PurePath(name).name == name and "\\" not in name
-
-
-def shown(value: object) -> str:
-    """A value from a file for an error message: one line, of limited length."""
-    return reprlib.repr(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

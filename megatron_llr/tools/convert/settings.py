@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.errors import input_error
+from megatron_llr.errors import input_error, shown
 from megatron_llr.tools.convert.architecture import SHARED, Architecture, rope_of, rope_parameters
-from megatron_llr.tools.convert.input_files import read_json, shown
+from megatron_llr.tools.convert.input_files import read_json
 from megatron_llr.tools.convert.model_families import Family, family_named, fits
 
 # The only values of these Megatron args that Hugging Face's families support. Where there are

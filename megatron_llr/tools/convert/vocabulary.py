@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_llr.errors import input_error
-from megatron_llr.tools.convert.input_files import read_json, shown
+from megatron_llr.errors import input_error, shown
+from megatron_llr.tools.convert.input_files import read_json
 from megatron_llr.tools.convert.options import HUGGING_FACE, Options
 from megatron_llr.tools.convert.tokenizer_files import (
     CONFIG,

@@ -13,6 +13,7 @@ from megatron_llr.tools.extrapolate_lr.fits import (
     Estimate,
     LinearFit,
     PolynomialFit,
+    exp,
     fit_curve,
     fit_linear,
 )
@@ -164,7 +165,7 @@ def extrapolate(series: Series, window: float, target: float | None) -> Extrapol
 
 
 def _rate_of(log: Estimate) -> Estimate:
-    return Estimate(*(math.exp(v) if v < 700 else math.inf for v in (log.value, log.low, log.high)))
+    return Estimate(*map(exp, (log.value, log.low, log.high)))
 
 
 def _curve_through(points: Sequence[Point], freedom: int, degree: int) -> PolynomialFit | None:
@@ -215,11 +216,9 @@ def _fitted(
         convert = _conversion(variable, [run for run in runs if run.tokens < largest.tokens])
         rate_ratio = None
         if convert is not None and (whole := _conversion(variable, runs)) is not None:
-            rate_ratio = math.exp(
-                convert(predicted, largest.tokens) - whole(observed, largest.tokens)
-            )
+            rate_ratio = exp(convert(predicted, largest.tokens) - whole(observed, largest.tokens))
         held_out = HeldOut(
-            math.exp(predicted - observed),
+            exp(predicted - observed),
             rate_ratio,
             largest.parabola.curvature * (predicted - observed) ** 2,
         )

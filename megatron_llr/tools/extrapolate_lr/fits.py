@@ -16,6 +16,11 @@ from scipy import stats
 from megatron_llr.tools.extrapolate_lr.optima import CONFIDENCE
 
 
+def exp(log: float) -> float:
+    """The exponential; infinite where it is too large for a double."""
+    return math.exp(log) if not log > 700 else math.inf
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its confidence interval, NaN where there is none."""

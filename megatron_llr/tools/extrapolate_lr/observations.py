@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_llr.errors import input_error
+from megatron_llr.errors import input_error, shown
+from megatron_llr.output import and_more
 
 # Columns of runs.csv, which tools/compare.py writes.
 _OF_A_GRID = {
@@ -17,6 +18,8 @@ _OF_A_GRID = {
 }
 _NEEDED = ("lr", "tokens", "loss")
 COLUMNS = (*_NEEDED, "policy", "params", "batch", "effective_lr", "seed")
+# Squares of their logarithms and of the losses are far from the limits of doubles.
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,36 @@ def _cell_number(row: Mapping[str, str], column: str, place: str, *, finite: boo
     text = (row.get(column) or "").strip()
     try:
         value = float(text)
-        usable = not finite or (math.isfinite(value) and value > 0)
+        if finite:
+            usable = 1 / _LARGEST <= value <= _LARGEST
+        else:
+            usable = abs(value) <= _LARGEST or not math.isfinite(value)
     except ValueError:
         usable = False
     if not usable:
-        allowed = "a finite number above 0" if finite else "a number, or nan for a diverged run"
+        allowed = (
+            f"a number from {1 / _LARGEST:g} to {_LARGEST:g}"
+            if finite
+            else f"a number up to {_LARGEST:g}, or nan for a diverged run"
+        )
         raise input_error(
-            f"{place} has {column}: {text!r}. It must be {allowed}. Correct or remove the row."
+            f"{place} has {column}: {shown(text)}. It must be {allowed}. Correct or remove the row."
         )
     return value
 
 
 def _optional(row: Mapping[str, str], column: str, place: str) -> float | None:
     return _cell_number(row, column, place) if (row.get(column) or "").strip() else None
+
+
+def _label(row: Mapping[str, str], column: str, place: str) -> str:
+    text = (row.get(column) or "").strip()
+    if len(text) > 100 or not text.isprintable():
+        raise input_error(
+            f"{place} has {column}: {shown(text)}. It must be at most 100 printable characters. "
+            "Correct or remove the row."
+        )
+    return text
 
 
 def _table(path: Path, names: Mapping[str, str]) -> tuple[Path, Mapping[str, str]]:
@@ -103,13 +123,19 @@ def _read(path: Path, names: Mapping[str, str]) -> dict[tuple[object, ...], list
             if absent:
                 raise input_error(
                     f"{path} has no column {', '.join(absent)}; its columns are "
-                    f"{', '.join(header) or 'none'}. It must have {', '.join(_NEEDED)}. Rename "
-                    "columns, or map them with --columns lr=NAME."
+                    f"{and_more(list(map(shown, header)), 20) or 'none'}. It must have "
+                    f"{', '.join(_NEEDED)}. Rename columns, or map them with --columns lr=NAME."
+                )
+            used = [name for name in header if name in names.values()]
+            if twice := sorted({name for name in used if used.count(name) > 1}):
+                raise input_error(
+                    f"{path} has two columns {', '.join(map(shown, twice))}. The columns that are "
+                    "read must have different names. Rename one."
                 )
             for row in reader:
                 place = f"{path}, line {reader.line_num},"
                 key = (
-                    (row.get(names["policy"]) or "").strip(),
+                    _label(row, names["policy"], place),
                     _optional(row, names["params"], place),
                     _optional(row, names["batch"], place),
                 )
@@ -119,7 +145,7 @@ def _read(path: Path, names: Mapping[str, str]) -> dict[tuple[object, ...], list
                         tokens=_cell_number(row, names["tokens"], place),
                         loss=_cell_number(row, names["loss"], place, finite=False),
                         effective=_optional(row, names["effective_lr"], place),
-                        seed=(row.get(names["seed"]) or "").strip(),
+                        seed=_label(row, names["seed"], place),
                     )
                 )
     except (OSError, UnicodeDecodeError, csv.Error) as broken:

@@ -15,7 +15,7 @@ from megatron_llr.tools.extrapolate_lr.analysis import (
     FittedCurve,
     joint_exponents,
 )
-from megatron_llr.tools.extrapolate_lr.fits import Estimate
+from megatron_llr.tools.extrapolate_lr.fits import Estimate, exp
 
 # More series have no legend, which would hide the panel.
 _LEGEND = 12
@@ -163,7 +163,7 @@ def _figure(path: Path, results: Sequence[Extrapolation], target: float | None) 
             line = np.geomspace(tokens[0], last, 60)
             for fit in (fit for fit in result.fitted if fit.variable == variable):
                 style = "-" if fit.curve.degree == 1 else "--"
-                axes.plot(line, [math.exp(fit.curve.at(t).value) for t in line], style, color=color)
+                axes.plot(line, [exp(fit.curve.at(t).value) for t in line], style, color=color)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("training tokens")

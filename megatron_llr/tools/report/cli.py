@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plots.multiplier_map(folder, folder / "multipliers.png")
         plots.learning_rate_lines(folder, folder / "learning_rates.png")
         plots.relative_update_lines(folder, folder / "relative_updates.png")
+        loss = validation_loss(folder / "tensorboard")
     except (OSError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(f"\nafter the measurement before update {measured.iteration}:")
     print(last_role_table(measured))
-    loss = validation_loss(folder / "tensorboard")
     if loss:
         print(loss)
     return 0
