@@ -345,6 +345,6 @@ class LayerwiseController:
             return
         used = self._schedule.multipliers(done)
         numel = [info.numel for info in self.matrix_index.values()]
-        ratios, spheres = MatrixSums(sums.table.cpu()).ratios(numel), self._layer_groups.radii
-        rates = matrix_rates(self.matrix_index, ratios, used, spheres, on_rate=self._on_rate)
+        ratios, radii = MatrixSums(sums.table.cpu()).ratios(numel), self._layer_groups.radii
+        rates = matrix_rates(self.matrix_index, ratios, used, radii, on_rate=self._on_rate)
         self._observer.stepped(done, rates)
