@@ -14,6 +14,7 @@ from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.policies import acts_on, targets_for
 from megatron_llr.policies.registry import load_policy
 from megatron_llr.policy_table import POLICIES, summaries
+from megatron_llr.schedule import MultiplierSchedule
 from tests.reference.matrix_ids import by_id, info
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up")
@@ -244,10 +245,12 @@ def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
     meaning = {field: value for field, value in settings.meaning().items() if field not in new}
     document = {
         "version": state.VERSION,
+        "next_update": 1,
         "matrices": ["head"],
         "meaning": meaning,
         "timing": settings.timing(),
-        "schedule": {"window_end": 6},
+        "schedule": MultiplierSchedule(settings, 30, start=1).state_dict(),
+        "alphas": {},
     }
     matrix_index = by_id({"head": info("head")})
     assert state.check(document, settings, matrix_index, settings.meaning()) == []
