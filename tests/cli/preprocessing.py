@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
-from megatron_llr.megatron import launch
 from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +23,6 @@ def forked(
     limit: Callable[[], None] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """A program in a process that need not import what the tool needs."""
-    launch.prepare_device(["--llr-device", "cpu"])
     for module in _IMPORTED:
         import_module(module)
     return run_forked(arguments, cwd=ROOT, env=ENVIRONMENT, stdin=stdin, limit=limit)
