@@ -218,7 +218,7 @@ def test_a_wrong_flag_on_one_rank_stops_all() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{torn", "extension's state in the checkpoint cannot be read. It begins with '{torn'"),
+        ("{torn", "extension's state in the checkpoint cannot be read: it begins with '{torn'"),
         ("", "the extension's state in the checkpoint differs between ranks: 'that of update"),
     ],
 )
