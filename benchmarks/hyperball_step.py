@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import gpu_and_versions
 from benchmarks.optimizer_step import MODELS, device_milliseconds, optimizers
 from megatron_llr.matrices.ids import MatrixId
 from megatron_llr.matrices.layout import Placement, interleaved, stacked
@@ -140,12 +141,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/hyperball_step.py needs a GPU; torch sees none")
+    head = gpu_and_versions(__file__)
     results = {
         name: time_hyperball_steps_of(MODELS[name], given.repeats, "cuda") for name in given.models
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(", ".join(f"{key} {value}" for key, value in head.items()))
     for name, result in results.items():
         print(f"\n{name}: {result['elements'] / 1e6:.0f}M elements, {result['matrices']} matrices")
         rows = [(way, f"{value:.3f}") for way, value in result["milliseconds"].items()]
@@ -154,7 +154,7 @@ def main() -> None:
             print(f"{ratio}: {result[ratio]:.3f}")
     if given.output:
         with replaced_file(given.output) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
+            partial.write_text(json.dumps({**head, "models": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

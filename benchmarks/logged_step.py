@@ -30,6 +30,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.environment import gpu_and_versions
 from benchmarks.fused_step import share_of_rank
 from benchmarks.optimizer_step import MODELS
 from megatron_llr.output import replaced_file
@@ -154,15 +155,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=175.0, help="of the last model")
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/logged_step.py needs a GPU; torch sees none")
-    import triton
-
-    head = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    head = gpu_and_versions(__file__)
     print(", ".join(f"{key} {value}" for key, value in head.items()))
     results = [time_logs_of(name, given.repeats) for name in given.models]
     for result in results:

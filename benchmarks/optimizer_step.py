@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import gpu_and_versions
 from benchmarks.fused_step import share_of_rank
 from megatron_llr.output import replaced_file
 from megatron_llr.param_groups.inner_groups import InnerGroups
@@ -137,16 +138,8 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("torch", "te"), default="torch")
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/optimizer_step.py needs a GPU; torch sees none")
+    head = gpu_and_versions(__file__)
     results = [time_steps_of(name, given.repeats, given.optimizer) for name in given.models]
-    import triton
-
-    head = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
     print(", ".join(f"{key} {value}" for key, value in head.items()))
     for result in results:
         print(

@@ -28,7 +28,7 @@ from megatron_llr.policies import (
     share_saved,
     targets_for,
 )
-from megatron_llr.policy_table import LEARNING_RATE, POLICIES
+from megatron_llr.policy_table import LEARNING_RATE, POLICIES, row_of
 from megatron_llr.ranks import exchange, gather_objects, require_equal, together
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.explanation import Explanation, explain_matrix, find_matrix
@@ -76,7 +76,7 @@ class LayerwiseController:
         self._inseparable = inseparable
         self._synchronize = synchronize
         self._meaning = meaning_of(config)
-        self._of_shape = config.policy in POLICIES and POLICIES[config.policy].of_shape
+        self._policy = row_of(config.policy)
         self._on_rate = acts_on(config.policy) == LEARNING_RATE
         self._device = catalog[0].parameter.device if catalog else torch.device("cpu")
         self._total_updates = total_updates
@@ -158,11 +158,11 @@ class LayerwiseController:
         measurement = self._engine.measure()
         alphas = {}
         for matrix, info in self.matrix_index.items():
-            if info.tunable or self.config.policy == "fixed":
+            if info.tunable or self._policy.sets_small:
                 record = measurement.table.get(matrix)
                 alpha = record.alpha(self.config.estimator) if record else None
                 alphas[matrix] = math.nan if alpha is None else alpha
-        asked = shape_exponents(alphas, self.matrix_index) if self._of_shape else alphas
+        asked = shape_exponents(alphas, self.matrix_index) if self._policy.of_shape else alphas
         targets = self._policy_targets(asked)
         shared = self._shared(targets)
         self._schedule.observe(self.next_update, shared)

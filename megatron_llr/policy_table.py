@@ -18,6 +18,7 @@ class PolicyRow:
         mapped: whether `--llr-mapping` and its bounds turn exponents into the multipliers.
         of_shape: whether it gets the exponents of random matrices of the same shapes instead of the
             measured ones.
+        sets_small: whether it also sets matrices with too few eigenvalues to be measured.
     """
 
     path: str
@@ -25,6 +26,7 @@ class PolicyRow:
     acts_on: str = LEARNING_RATE
     mapped: bool = False
     of_shape: bool = False
+    sets_small: bool = False
 
 
 _HERE = "megatron_llr.policies."
@@ -42,7 +44,9 @@ POLICIES: dict[str, PolicyRow] = {
         _HERE + "constant:embedding_only", "embedding and head at --llr-embedding, the others at 1"
     ),
     "fixed": PolicyRow(
-        _HERE + "constant:fixed", "multipliers by role or matrix id, from --llr-role-table"
+        _HERE + "constant:fixed",
+        "multipliers by role or matrix id, from --llr-role-table",
+        sets_small=True,
     ),
     "blockwise": PolicyRow(_HERE + "blockwise:blockwise", "ratios by sharpness, arXiv 2502.19002"),
     "depth-linear": PolicyRow(_HERE + "depth:linear", "1 at the first block, falling linearly"),
@@ -74,6 +78,11 @@ POLICIES: dict[str, PolicyRow] = {
         mapped=True,
     ),
 }
+
+
+def row_of(policy: str) -> PolicyRow:
+    """The row of a policy; for a user's own function a row of the defaults."""
+    return POLICIES.get(policy) or PolicyRow(policy, "a function of the user")
 
 
 def names_a_function(policy: str) -> bool:

@@ -70,8 +70,18 @@ def _unreadable(what: str) -> ValueError:
     )
 
 
-def _require_valid(document: Mapping[str, Any]) -> None:
-    """Refuse a document without the values that `controller.state_dict` writes."""
+def require_valid(document: Mapping[str, Any]) -> None:
+    """Refuse a document without the values that `controller.state_dict` writes.
+
+    Raises:
+        ValueError: naming its version, or the values.
+    """
+    version = document.get("version")
+    if version != VERSION:
+        raise input_error(
+            f"The extension's state in the checkpoint has version {shown(version)}. This "
+            f"package reads version {VERSION}. Install the megatron-llr that wrote it, or {_RESET}."
+        )
     schedule = document.get("schedule")
     schedule = schedule if isinstance(schedule, Mapping) else {}
     matrices: Any = document.get("matrices")
@@ -163,13 +173,7 @@ def check(
         ValueError: if the version or the matrices differ, or a setting that gives the saved
             multipliers their meaning has changed.
     """
-    version = document.get("version")
-    if version != VERSION:
-        raise input_error(
-            f"The extension's state in the checkpoint has version {shown(version)}. This "
-            f"package reads version {VERSION}. Install the megatron-llr that wrote it, or {_RESET}."
-        )
-    _require_valid(document)
+    require_valid(document)
     saved, here = set(document["matrices"]), set(map(str, matrix_index))
     if saved != here:
         only_saved = and_more(sorted(saved - here), 3) or "none"

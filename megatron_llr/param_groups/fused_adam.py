@@ -21,6 +21,7 @@ from megatron_llr.param_groups.fused_support import (
     layouts_of,
     reason_unsupported,
     require_readable,
+    upload_into,
 )
 from megatron_llr.param_groups.rate_rows import RateRow, rate_rows
 from megatron_llr.param_groups.stepped_tensor import Factors, TensorMatrices
@@ -139,13 +140,13 @@ class FusedAdamStep:
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         if addresses != self._gradient_memory:
             self._gradient_memory = addresses
-            self._upload(torch.tensor(addresses), self._addresses[1])
+            upload_into(self._addresses[1], torch.tensor(addresses))
         if self._multipliers is not multipliers:
             self._multipliers = multipliers
             pairs = [factors(row.matrix, multipliers.get(row.matrix, 1.0)) for row in self._rows]
             self._row_factors = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).t()
         self._count(groups, gradients, states)
-        self._upload(self._corrections_and_rates(groups), self._table)
+        upload_into(self._table, self._corrections_and_rates(groups))
         split = 2 * len(self._tensors)
         corrections, rates = self._table[:split].view(2, -1), self._table[split:].view(2, -1)
         with torch.cuda.device_of(self._table):
@@ -331,8 +332,3 @@ class FusedAdamStep:
             is_plain = self._projection.is_plain
             rates = [torch.where(is_plain, rates[0], 1.0), torch.where(is_plain, rates[1], 0.0)]
         return torch.cat([*corrections, *rates]).float()
-
-    def _upload(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        # torch reuses pinned memory only after the copies from it are complete.
-        source = source.pin_memory() if is_on_cuda(target) else source
-        target.copy_(source, non_blocking=True)

@@ -23,9 +23,16 @@ def is_on_cuda(tensor: torch.Tensor) -> bool:
 
 def upload(source: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of a CPU tensor on a device, on the current stream; the CPU does not wait for it."""
+    target = torch.empty_like(source, device=device)
+    upload_into(target, source)
+    return target
+
+
+def upload_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a CPU tensor to one on a device, on the current stream, as `upload`."""
     # torch reuses pinned memory only after the copies from it are complete.
-    source = source.pin_memory() if device.type == "cuda" else source
-    return source.to(device, non_blocking=True)
+    source = source.pin_memory() if is_on_cuda(target) else source
+    target.copy_(source, non_blocking=True)
 
 
 def is_readable_by_kernels(tensor: torch.Tensor) -> bool:

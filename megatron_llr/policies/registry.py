@@ -9,7 +9,7 @@ from typing import Any
 from megatron_llr.config import LLRConfig, flag
 from megatron_llr.errors import input_error, user_error
 from megatron_llr.matrices.ids import ROUTER, MatrixId
-from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES
+from megatron_llr.policy_table import ACTS_ON, LEARNING_RATE, POLICIES, row_of
 
 Policy = Callable[[Mapping[MatrixId, float], LLRConfig], Mapping[MatrixId, float]]
 """(matrix id -> exponent, settings) -> (matrix id -> multiplier).
@@ -37,8 +37,7 @@ def load_policy(name: str) -> Policy:
     Raises:
         ValueError: if it cannot be imported or is no function.
     """
-    path = POLICIES[name].path if name in POLICIES else name
-    module, _, attribute = path.partition(":")
+    module, _, attribute = row_of(name).path.partition(":")
     try:
         found: Any = reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as missing:

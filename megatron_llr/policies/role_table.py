@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llr.config import LLRConfig, flag
-from megatron_llr.errors import input_error
+from megatron_llr.errors import input_error, shown
 from megatron_llr.matrices.ids import ROLES, ROUTER, MatrixId
 from megatron_llr.matrices.info import MatrixIndex
 from megatron_llr.output import and_more
 from megatron_llr.policies.granularity import share_over_parameters
 from megatron_llr.policies.registry import held_at_one
+from megatron_llr.yaml_file import read_yaml
 
 _TABLES = Path(__file__).parent / "tables"
 """Tables that the package ships, by their names without suffix."""
 
 _YAML_SUFFIXES = frozenset({".yaml", ".yml"})
 _WILDCARDS = re.compile(r"[*?\[]")
+# Their alternatives multiply.
+_MOST_BRACES = 8
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _ALLOWED = (
-    "a mapping from roles, matrix ids or patterns over ids (block.*.attention.k, "
-    "block.{0,1}.mlp.*) to a finite multiplier of at least 0, or to a mapping with multiplier and "
-    f"weight_decay. Roles: {', '.join(ROLES)}"
+    "a JSON file, or with the suffix .yaml or .yml a YAML file, that maps roles, matrix ids or "
+    "patterns over ids (block.*.attention.k, block.{0,1}.mlp.*) to a finite multiplier of at least "
+    f"0, or to a mapping with multiplier and weight_decay. Roles: {', '.join(ROLES)}"
 )
 
 
@@ -67,7 +70,7 @@ def _factor(value: Any) -> float:
     # YAML 1.1 reads 1e-3 as text.
     number = math.nan if isinstance(value, bool) else float(value)
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{value!r} is not a finite number of at least 0")
+        raise ValueError(f"{shown(value)} is not a finite number of at least 0")
     return number
 
 
@@ -100,7 +103,7 @@ class RoleTable:
                 elif alternative in ROLES or MatrixId.read(alternative).role in ROLES:
                     self._named.setdefault(alternative, position)
                 else:
-                    raise ValueError(f"{alternative!r} is neither a role nor a matrix id")
+                    raise ValueError(f"{shown(alternative)} is neither a role nor a matrix id")
 
     def pattern_of(self, matrix: MatrixId) -> str | None:
         """The pattern whose row a matrix has; None if none matches."""
@@ -159,49 +162,34 @@ def _alternatives(pattern: str) -> list[str]:
     """The patterns that braces stand for: `{a,b}.c` gives `a.c` and `b.c`.
 
     Raises:
-        ValueError: if a brace has no partner.
+        ValueError: if a brace has no partner, or there are too many.
     """
+    if pattern.count("{") > _MOST_BRACES:
+        raise ValueError(f"{shown(pattern)} has more than {_MOST_BRACES} braces")
     braces = _BRACES.search(pattern)
     if braces is None:
         if "{" in pattern or "}" in pattern:
-            raise ValueError(f"{pattern!r} has a brace without a partner")
+            raise ValueError(f"{shown(pattern)} has a brace without a partner")
         return [pattern]
     before, after = pattern[: braces.start()], pattern[braces.end() :]
     options = braces[1].split(",")
     return [name for option in options for name in _alternatives(before + option + after)]
 
 
-def _without_repeats(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for key, value in pairs:
-        if not isinstance(key, str):
-            raise ValueError(
-                f"the key {key!r} is not text; quote a pattern that begins with {{ [ *"
-            )
         if key in read:
-            raise ValueError(f"{key!r} is given twice")
+            raise ValueError(f"the key {shown(key)} is given twice")
         read[key] = value
     return read
 
 
 def _load(path: Path) -> Any:
     """The content of a JSON or YAML file, without repeated keys."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix not in _YAML_SUFFIXES:
-        return json.loads(text, object_pairs_hook=_without_repeats)
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-            return _without_repeats(
-                (self.construct_object(key, deep=True), self.construct_object(value, deep=True))
-                for key, value in node.value
-            )
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as broken:
-        raise ValueError(" ".join(str(broken).split())) from broken
+    if path.suffix in _YAML_SUFFIXES:
+        return read_yaml(path)
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
 
 
 def shipped_tables() -> tuple[str, ...]:
@@ -220,18 +208,20 @@ def read_role_table(path: str) -> RoleTable:
         rows = {}
         given = _load(_TABLES / f"{path}.yaml" if path in shipped_tables() else Path(path))
         if not isinstance(given, dict):
-            raise ValueError(f"it is {given!r}, not a mapping")
+            raise ValueError(f"it is {shown(given)}, not a mapping")
         for pattern, value in given.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"the key {shown(pattern)} is not text")
             try:
                 rows[pattern] = TableRow.read(value)
-            except (TypeError, ValueError) as wrong:
-                raise ValueError(f"{pattern}: {value!r}: {wrong}") from wrong
+            except (TypeError, ValueError, OverflowError) as wrong:
+                raise ValueError(f"{shown(pattern)}: {shown(value)}: {wrong}") from wrong
         return RoleTable(path, rows)
-    except (OSError, ValueError, TypeError, ImportError) as broken:
+    except (OSError, ValueError, RecursionError) as broken:
         raise input_error(
-            f"bad {flag('role_table')} {path}: {type(broken).__name__}: {broken}. The file must "
-            f"hold {_ALLOWED}. Fix the file, or give the name of a table of this package: "
-            f"{', '.join(shipped_tables())}."
+            f"Cannot read {flag('role_table')} {path}: {broken}. It must be {_ALLOWED}. Correct "
+            "the file (in YAML, quote a pattern that begins with {, [ or *), or give the name of a "
+            f"table of this package: {', '.join(shipped_tables())}."
         ) from broken
 
 

@@ -9,7 +9,7 @@ from megatron_llr.errors import user_error
 from megatron_llr.matrices.ids import EMBEDDING_IDS, MatrixId
 from megatron_llr.matrices.info import MIN_EIGENVALUES, MatrixIndex
 from megatron_llr.policies import acts_on, held_at_one, read_role_table
-from megatron_llr.policy_table import LEARNING_RATE, POLICIES
+from megatron_llr.policy_table import LEARNING_RATE, row_of
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.tables import shards_of
 
@@ -134,14 +134,14 @@ def _rule(
     matrix: MatrixId, matrix_index: MatrixIndex, config: LLRConfig, radius: float | None
 ) -> str:
     """What fixes a multiplier without the mapping."""
-    if not matrix_index[matrix].tunable and config.policy != "fixed":
+    policy = row_of(config.policy)
+    if not (matrix_index[matrix].tunable or policy.sets_small):
         return f"fewer than {MIN_EIGENVALUES} eigenvalues: 1"
     if matrix in held_at_one(matrix_index, config):
         return f"{flag('router')} one: 1"
-    mapped = config.policy in POLICIES and POLICIES[config.policy].mapped
-    if matrix == "head" and radius is not None and mapped and config.embedding != "measured":
+    if matrix == "head" and radius is not None and policy.mapped and config.embedding != "measured":
         return f"{flag('hyperball')}: the head has 1"
-    if matrix in EMBEDDING_IDS and (mapped or config.policy == "embedding-only"):
+    if matrix in EMBEDDING_IDS and (policy.mapped or config.policy == "embedding-only"):
         return f"{flag('embedding')} {config.embedding}"
     if config.role_table is not None:
         pattern = read_role_table(config.role_table).pattern_of(matrix)
@@ -150,8 +150,7 @@ def _rule(
 
 
 def _policy(config: LLRConfig) -> str:
-    mapped = config.policy in POLICIES and POLICIES[config.policy].mapped
-    if not mapped:
+    if not row_of(config.policy).mapped:
         return config.policy
     inverse = ", inverse" if config.inverse else ""
     bounds = f"{config.min_multiplier:g} to {config.max_multiplier:g}"

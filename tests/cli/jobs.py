@@ -32,7 +32,7 @@ _LONGEST_SECONDS = 1800
 
 
 class Job:
-    """The script under torchrun, two ranks unless told otherwise, everything in one folder."""
+    """The script under torchrun, two ranks by default, everything in one folder."""
 
     def __init__(
         self, folder: Path, saved_as: str, ranks: int = 2, flags: Sequence[str] = FLAGS
@@ -118,7 +118,7 @@ class Job:
     def kill_when(self, seen: Any) -> list[str]:
         """SIGKILL every process of the job once `seen(line)`; the lines until then.
 
-        The pipe holds one page: once it is no longer read, the job stands still after some fifteen
+        The pipe holds one page: once it is no longer read, the job blocks after some fifteen
         iterations at most, however long the kill takes.
         """
         process = self._start()
@@ -144,7 +144,7 @@ class Job:
 
     @property
     def last_saved(self) -> int:
-        """The iteration that a restart goes on from; 0 before the first save."""
+        """The iteration that a restart continues from; 0 before the first save."""
         tracker = self.folder / "checkpoint" / "latest_checkpointed_iteration.txt"
         return int(tracker.read_text()) if tracker.exists() else 0
 
@@ -188,7 +188,7 @@ class Job:
     def rows(self, name: str) -> list[str]:
         """Lines of one of the CSV files, without the header.
 
-        A file of a removed folder is only made again for its next row.
+        A file of a removed folder is created only for its next row.
         """
         path = self.log / name
         return path.read_text().splitlines()[1:] if path.exists() else []

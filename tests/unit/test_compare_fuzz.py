@@ -15,6 +15,7 @@ from megatron_llr.tools.compare.grid import Grid
 from megatron_llr.tools.compare.grid_file import read_grid
 from megatron_llr.tools.compare.jobs import command, pending
 from megatron_llr.tools.compare.results import read_done, read_result
+from tests.unit.plain_values import plain_values
 
 MEMORY = 100 * 2**20
 VALID: dict[str, Any] = {
@@ -28,20 +29,12 @@ KEYS = (
     "out flags policies learning_rates iterations tokens seeds control counterparts extend "
     "sensitivity min_lr_ratio launch script gpus_per_run jobs_per_gpu unknown"
 ).split()
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.dates()
-    | st.sampled_from(
+VALUES = plain_values(
+    st.dates(),
+    st.sampled_from(
         [0, 1, 5e-324, 10**400, "1e-3", "--a 'b", "~nobody/x", "../x", "a\0b", "\ud800", "esd"]
     ),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner)
-    ),
-    max_leaves=5,
+    keys=st.text(max_size=6) | st.integers(),
 )
 # What PyYAML's constructors stumble over, and documents that are small only as files.
 SNIPPETS = [
@@ -209,3 +202,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert cli.main([str(path), "--report-only"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if "Not a directory" not in line] == []
+
+
+def test_a_policy_that_is_given_twice_is_refused(path: Path) -> None:
+    policies = "{uniform: --llr-policy uniform, esd: --llr-policy esd, esd: --llr-policy fixed}"
+    path.write_text(f"out: runs\npolicies: {policies}\n")
+    with pytest.raises(ValueError, match=r"Cannot read the grid .*line 2: the key 'esd' is given"):
+        read_grid(path)
+
+
+def test_a_key_overrides_a_merged_one(path: Path) -> None:
+    shared = "{uniform: --llr-policy uniform, esd: --llr-policy esd}"
+    path.write_text(
+        yaml.safe_dump({**VALID, "policies": None}).replace(
+            "policies: null", f"policies: {{<<: {shared}, esd: --llr-policy esd --llr-inverse}}"
+        )
+    )
+    assert read_grid(path).policies["esd"] == ("--llr-policy", "esd", "--llr-inverse")

@@ -22,22 +22,14 @@ from hypothesis import strategies as st
 
 from megatron_llr.tools.convert import cli
 from tests.unit.conversion import edit_args
+from tests.unit.plain_values import plain_values
 
 CORPUS = Path(__file__).parent / "corpus" / "convert"
 
 # The largest file of these checkpoints has 2 MB; some hundred times that is no leak, but a bound.
 MEMORY = 300 * 2**20
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from([-1, 0, 1, 10**12, "llama", "default", "llama3", "float32"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
-    max_leaves=5,
-)
+JSON = plain_values(st.sampled_from([-1, 0, 1, 10**12, "llama", "default", "llama3", "float32"]))
 SETTINGS = (
     "model_type num_hidden_layers hidden_size intermediate_size num_attention_heads head_dim "
     "num_key_value_heads max_position_embeddings rms_norm_eps vocab_size rope_theta rope_scaling "

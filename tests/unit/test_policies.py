@@ -126,7 +126,7 @@ def test_a_bad_role_table_is_named(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "roles.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"bad --llr-role-table.*roles\.json"):
+    with pytest.raises(ValueError, match=r"Cannot read --llr-role-table.*roles\.json"):
         targets_for(ALPHAS, LLRConfig(policy="fixed", role_table=str(path)))
 
 

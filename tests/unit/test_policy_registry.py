@@ -240,7 +240,7 @@ def test_factors_scale_single_roles_after_the_policy() -> None:
 def test_what_changes_multipliers_is_part_of_the_saved_meaning() -> None:
     new = {"role_factors", "depth_floor", "random_seed", "farms_rows", "farms_windows"}
     assert new <= set(settings_of(LLRConfig, "meaning"))
-    # A document that was saved before these settings were there is gone on from.
+    # A run continues from a document that was saved before these settings existed.
     settings = LLRConfig()
     meaning = {field: value for field, value in settings.meaning().items() if field not in new}
     document = {

@@ -1,8 +1,12 @@
 """Role tables: patterns, the first match, factors on the weight decay, and what is refused."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_llr import LLRConfig
 from megatron_llr.matrices.ids import MatrixId
@@ -16,6 +20,7 @@ from megatron_llr.policies import (
 )
 from megatron_llr.policies.role_table import RoleTable, TableRow, shipped_tables
 from tests.reference.matrix_ids import by_id, info
+from tests.unit.plain_values import KEYS, plain_values
 
 NAMES = [
     "embedding",
@@ -102,15 +107,16 @@ def test_json_and_yaml_give_multipliers_and_decay_factors(
         ("upper: 1", "'upper' is neither a role nor a matrix id"),
         ("block.0.mlp.upper: 1", "neither a role nor"),
         ("block.{0,1.mlp.up: 1", "brace without a partner"),
-        ("q: -1", "q: -1: -1 is not a finite number of at least 0"),
+        ("'" + "{q,k}" * 30 + "': 1", "has more than 8 braces"),
+        ("q: -1", "'q': -1: -1 is not a finite number of at least 0"),
         ("q: .inf", "finite"),
         ("q: true", "finite"),
-        ("q: many", "q: 'many'"),
+        ("q: many", "'q': 'many'"),
         ("q: {multiplier: 1, decay: 2}", "a row has multiplier, weight_decay or both"),
         ("q: {}", "a row has"),
         ("q: {weight_decay: -1}", "-1 is not"),
         ("q: 1\nq: 2", "'q' is given twice"),
-        ("q: [", "while parsing"),
+        ("q: [", "line 1: expected the node content"),
         ("- q", "not a mapping"),
         ("", "not a mapping"),
         ("1: 1", "the key 1 is not text"),
@@ -119,7 +125,7 @@ def test_json_and_yaml_give_multipliers_and_decay_factors(
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     config = config_for(tmp_path, text)
-    with pytest.raises(ValueError, match=r"bad --llr-role-table.*t\.yaml") as caught:
+    with pytest.raises(ValueError, match=r"Cannot read --llr-role-table.*t\.yaml") as caught:
         targets_for(dict.fromkeys(MODEL, 2.0), config)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -230,3 +236,46 @@ def test_layerwise_decay_of_other_depths_is_a_depth_policy() -> None:
     table = targets_for(alphas, LLRConfig(policy="fixed", role_table="llrd-0.8-12"))
     depth = LLRConfig(policy="depth-exponential", inverse=True, depth_floor=0.8**11)
     assert table == pytest.approx(targets_for(alphas, depth), rel=1e-5)
+
+
+TABLE_KEYS = st.sampled_from(["q", "head", "block.*.mlp.up", "{q,k}", "{", "*", "[", "up", "<<"])
+TABLE_VALUES = plain_values(
+    st.sampled_from([0, 1, -1, 1e-3, "5e-1", 10**400, {"multiplier": 2}, {"weight_decay": "x"}])
+)
+# Small files of large, deep or odd documents.
+SNIPPETS = [
+    *(
+        "[" * 100_000,
+        '{"q":' * 50_000,
+        "!!int x",
+        "q: 2001-99-99",
+        "q: !!bool x",
+        "\0",
+        "q: \ud800",
+    ),
+    "a: &a {x: 1}\n" + "".join(f"{n}: &{n} {{<<: [*a, *a]}}\n" for n in "bcdefgh"),
+    "q: " + "1" * 5000,
+]
+
+
+@given(
+    content=st.dictionaries(TABLE_KEYS | KEYS, TABLE_VALUES, max_size=4).map(json.dumps)
+    | st.text(max_size=40)
+    | st.sampled_from(SNIPPETS),
+    suffix=st.sampled_from(["json", "yaml"]),
+)
+def test_any_file_is_a_table_or_one_clear_error(content: str, suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"t.{suffix}")
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        read_role_table.cache_clear()
+        try:
+            held = read_role_table(str(path)).content()
+        except ValueError as refused:
+            text = str(refused)
+            assert text.startswith(f"megatron_llr: Cannot read --llr-role-table {path}: ")
+            assert "\n" not in text
+            assert len(text) < 2000
+            return
+    rows = {pattern: TableRow.read(value) for pattern, value in dict(held).items()}
+    assert RoleTable("t", rows).content() == held

@@ -13,6 +13,7 @@ from megatron_llr import LLRConfig, state
 from megatron_llr.policies import meaning_of
 from megatron_llr.schedule import MultiplierSchedule
 from tests.reference.matrix_ids import by_id, info
+from tests.unit.plain_values import KEYS, plain_values
 
 MATRICES = ["embedding", *(f"block.0.mlp.expert.{number}.up" for number in range(3))]
 DOCUMENT: dict[str, Any] = {
@@ -88,18 +89,8 @@ def test_another_version_is_left_to_the_check(version: int) -> None:
         state.check(other, LLRConfig(), {}, {})
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from([*MATRICES, 10**400, 2**63]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(MATRICES) | st.text(max_size=6), inner)
-    ),
-    max_leaves=5,
+JSON = plain_values(
+    st.sampled_from([*MATRICES, 10**400, 2**63]), keys=st.sampled_from(MATRICES) | KEYS
 )
 PLACES = [(key,) for key in DOCUMENT] + [("schedule", key) for key in DOCUMENT["schedule"]]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_llr.errors import shown
+from megatron_llr.errors import input_error, shown
 from megatron_llr.tools.compare.command_flags import value_of
 from megatron_llr.tools.compare.counterparts import with_counterparts
 from megatron_llr.tools.compare.grid import (
@@ -16,7 +16,8 @@ from megatron_llr.tools.compare.grid import (
     Grid,
     Sensitivity,
 )
-from megatron_llr.tools.compare.yaml_file import GridFile, read_yaml
+from megatron_llr.tools.compare.grid_values import GridFile
+from megatron_llr.yaml_file import read_yaml
 
 _KEYS = {
     "out": "folder of the runs and of the report",
@@ -68,7 +69,6 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
 
     Raises:
         ValueError: if the file is not a valid grid.
-        ImportError: if PyYAML is not installed.
     """
     file = _open(path)
     given = file.values
@@ -112,7 +112,13 @@ def read_grid(path: Path, out: Path | None = None) -> Grid:
 
 
 def _open(path: Path) -> GridFile:
-    given = read_yaml(path)
+    try:
+        given = read_yaml(path)
+    except ValueError as broken:
+        raise input_error(
+            f"Cannot read the grid {path}: {broken}. It must be a readable YAML file. Correct the "
+            "path or the file."
+        ) from broken
     if not isinstance(given, dict) or set(given) - set(_KEYS) or set(_NEEDED) - set(given):
         meanings = "; ".join(f"{key}: {meaning}" for key, meaning in _KEYS.items())
         got = shown(given)

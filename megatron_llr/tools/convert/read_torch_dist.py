@@ -5,6 +5,7 @@ every tensor, and files of parts. A layer is assembled from its parts, independe
 that wrote them. `restricted_pickle` reads both: a checkpoint is not trusted.
 """
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_llr import state
 from megatron_llr.errors import input_error
 from megatron_llr.tools.convert.input_files import plain_name, read_json
 from megatron_llr.tools.convert.links import LAYER_PREFIX
@@ -130,15 +132,15 @@ class TorchDistReader:
         try:
             if older.is_file():
                 with FileSlice(older, 0, older.stat().st_size) as file:
-                    state = load_archive(file)
+                    common = load_archive(file)
             else:
                 # Megatron keeps a list of one rank's objects.
-                (state,) = self._load(_COMMON)
-            if not isinstance(state, dict) or not hasattr(state.get("args"), "num_layers"):
+                (common,) = self._load(_COMMON)
+            if not isinstance(common, dict) or not hasattr(common.get("args"), "num_layers"):
                 raise TypeError("they do not contain Megatron's args")
         except Exception as broken:
             raise unreadable(f"the settings saved in {self.folder}", broken) from broken
-        return state
+        return common
 
     def _load(self, index: MetadataIndex) -> Any:
         part = self._index.storage_data[index]
@@ -267,3 +269,16 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise TypeError("a size is not a non-negative integer")
     return tuple(numbers)
+
+
+def layerwise_state(common: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state document of this package in the contents other than tensors, or None.
+
+    Args:
+        common: from `TorchDistReader.common_state`.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    scheduler = common.get("opt_param_scheduler")
+    return state.decode(scheduler.get(state.KEY)) if isinstance(scheduler, dict) else None

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from megatron_llr import state
 from megatron_llr.errors import input_error
 from megatron_llr.output import and_more, require_space, staged_folder
 from megatron_llr.tools.convert import settings
@@ -23,7 +22,11 @@ from megatron_llr.tools.convert.links import LAYER_PREFIX, Link, links_of
 from megatron_llr.tools.convert.model_families import Family, family_for
 from megatron_llr.tools.convert.options import STATE, Options
 from megatron_llr.tools.convert.printout import Report
-from megatron_llr.tools.convert.read_torch_dist import TorchDistReader, iteration_folder, unreadable
+from megatron_llr.tools.convert.read_torch_dist import (
+    TorchDistReader,
+    iteration_folder,
+    layerwise_state,
+)
 from megatron_llr.tools.convert.tokenizer_files import (
     CONFIG,
     copy_model_files,
@@ -96,16 +99,6 @@ def _update_config(config: Path, dtype: str, vocab: int | None) -> None:
         _write(config, {**before, **changes})
 
 
-def _layerwise_state(common: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The extension's state in the scheduler's, or None."""
-    scheduler = common.get("opt_param_scheduler")
-    text = scheduler.get(state.KEY) if isinstance(scheduler, dict) else None
-    try:
-        return state.decode(text) if isinstance(text, str) else None
-    except RecursionError as broken:
-        raise unreadable("the extension's state", broken) from broken
-
-
 def _check_depth(reader: TorchDistReader, model: Architecture) -> None:
     """Check the number of layers before a table of all their tensors is made."""
     if model.layers > reader.depth:
@@ -174,7 +167,7 @@ def to_hugging_face(
     links = links_of(family, model, padded)
     _check_tensors(reader, links, model)
     dtype = options.dtype or reader.dtype(_VOCABULARY, None)
-    document = _layerwise_state(common)
+    document = layerwise_state(common)
     report = Report(links)
     size = report.numel * dtype.itemsize
     if progress is not None:

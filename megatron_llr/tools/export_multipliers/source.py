@@ -16,10 +16,11 @@ from megatron_llr.policy_table import WEIGHT_DECAY
 from megatron_llr.schedule import MultiplierSchedule
 from megatron_llr.telemetry.csv_log import files_of
 from megatron_llr.telemetry.read_logs import read_rows
-from megatron_llr.tools.convert.read_torch_dist import TorchDistReader, iteration_folder
-
-_SCHEDULER = "opt_param_scheduler"
-"""Key of the scheduler's state in a Megatron checkpoint."""
+from megatron_llr.tools.convert.read_torch_dist import (
+    TorchDistReader,
+    iteration_folder,
+    layerwise_state,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,20 @@ def read_logs(folder: Path, update: int | None, *, decoupled: bool) -> ExportedR
             f"matrix. Give the folder of {flag('log_dir')} of a run with {flag('log_matrices')} "
             "all, or one of its checkpoints."
         )
+    multipliers: dict[MatrixId, float] = {}
+    bases: dict[MatrixId, float] = {}
+    first = last = None
     try:
-        rows = list(read_rows(path))
-        updates = sorted({int(row["iteration"]) for row in rows})
-        chosen = update if update is not None else max(updates, default=None)
-        of_update = [row for row in rows if int(row["iteration"]) == chosen]
-        multipliers = {MatrixId.read(r["matrix"]): float(r["multiplier"]) for r in of_update}
-        bases = {MatrixId.read(r["matrix"]): float(r["learning_rate"]) for r in of_update}
+        # One update at a time: the file of a long run does not fit into memory.
+        for row in read_rows(path):
+            number = int(row["iteration"])
+            if update is None and number != last:
+                multipliers, bases = {}, {}
+            first, last = number if first is None else first, number
+            if update in (None, number):
+                matrix = MatrixId.read(row["matrix"])
+                multipliers[matrix] = float(row["multiplier"])
+                bases[matrix] = float(row["learning_rate"])
         sizes = {
             MatrixId.read(row["matrix"]): int(row["rows"]) * int(row["cols"])
             for row in (read_rows(measurements) if measurements.is_file() else ())
@@ -97,8 +105,9 @@ def read_logs(folder: Path, update: int | None, *, decoupled: bool) -> ExportedR
             f"Cannot read {path}: {type(broken).__name__}: {broken}. It must be the file that a "
             "run wrote. Choose another folder."
         ) from broken
-    if chosen is None or not of_update:
-        held = f"has updates {updates[0]} to {updates[-1]}" if updates else "has no rows"
+    chosen = last if update is None else update
+    if chosen is None or not multipliers:
+        held = "has no rows" if first is None else f"has updates {first} to {last}"
         raise input_error(
             f"{path} has no row of update {chosen}: it {held}, one every --log-interval. Choose "
             "one of these with --iteration, or leave it out for the last."
@@ -128,14 +137,13 @@ def read_checkpoint(root: Path, iteration: int | None) -> ExportedRates:
     """
     folder = iteration_folder(root, None if iteration is None else str(iteration))
     common = TorchDistReader(folder).common_state()
-    saved = common.get(_SCHEDULER)
-    document = state.decode(saved.get(state.KEY) if isinstance(saved, dict) else None)
-    if document is None or int(document["version"]) != state.VERSION:
-        found = "no state" if document is None else f"a state of version {document['version']}"
+    document = layerwise_state(common)
+    if document is None:
         raise input_error(
-            f"{folder} has {found} of this package. It must have one of version {state.VERSION}. "
-            "Choose a checkpoint of a run with --llr-* flags, or the log folder of the run."
+            f"{folder} has no state of this package. Choose a checkpoint of a run with --llr-* "
+            "flags, or the log folder of the run."
         )
+    state.require_valid(document)
     try:
         return _from_document(document, common["args"], folder)
     except (AttributeError, KeyError, TypeError) as broken:

@@ -1,4 +1,4 @@
-"""The YAML file of a grid: unknown contents, read in bounded time and memory."""
+"""The values of a grid file, each checked as it is read."""
 
 import os
 import shlex
@@ -8,72 +8,9 @@ from typing import Any
 
 from megatron_llr.errors import first_line, input_error, shown
 
-_MAX_BYTES = 256 * 2**10
-# Keys of one mapping after `<<` merges. Merges of merges double the keys of every level.
-_MAX_KEYS = 500
-_MAX_DEPTH = 20
-
-
-def read_yaml(path: Path) -> Any:
-    """The document in a YAML file: plain Python values.
-
-    Aliases are references to one object, so a document is never larger than its file.
-
-    Raises:
-        ValueError: if the file cannot be read or is not YAML; the text names file and line.
-        ImportError: if PyYAML is not installed.
-    """
-    try:
-        import yaml
-    except ImportError as missing:
-        raise ImportError("Grids need PyYAML: pip install 'megatron-llr[compare]'") from missing
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        depth = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            self.depth += 1
-            if self.depth > _MAX_DEPTH:
-                problem = f"nested more than {_MAX_DEPTH} deep"
-                raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
-            node = super().compose_node(parent, index)
-            self.depth -= 1
-            return node
-
-        def flatten_mapping(self, node: Any) -> None:
-            super().flatten_mapping(node)
-            if len(node.value) > _MAX_KEYS:
-                problem = f"more than {_MAX_KEYS} keys in a mapping"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-    def unreadable(reason: str) -> ValueError:
-        return input_error(
-            f"Cannot read the grid {path}: {reason}. It must be a readable YAML file. Correct the "
-            "path or the file."
-        )
-
-    try:
-        if path.exists() and not path.is_file():
-            raise unreadable("it is not a regular file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise unreadable(f"it is larger than {_MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as broken:
-        raise unreadable(str(broken)) from broken
-    try:
-        return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as broken:
-        mark = broken.problem_mark or broken.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise unreadable(f"{line}{broken.problem or broken.context}") from broken
-    except Exception as broken:
-        # Of values that PyYAML takes for dates or numbers: ValueError, OverflowError; with a tag
-        # such as !!int also KeyError, IndexError and AttributeError.
-        raise unreadable(f"{type(broken).__name__}: {first_line(broken)[:200]}") from broken
-
 
 class GridFile:
-    """The keys of one YAML file, each checked as it is read."""
+    """The keys of a grid file, and the error that refuses a value."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
