@@ -222,8 +222,8 @@ class Job:
 
 def iteration(line: str) -> int:
     """The iteration that a line of Megatron's log reports; 0 if it reports none."""
-    found = re.search(r"iteration +(\d+)/", line)
-    return int(found.group(1)) if found else 0
+    match = re.search(r"iteration +(\d+)/", line)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)
@@ -269,10 +269,11 @@ def kill_rank(number: int) -> Callable[[Job, "subprocess.Popen[bytes]"], None]:
     """SIGKILL to one rank."""
 
     def act(job: Job, process: "subprocess.Popen[bytes]") -> None:
-        while process.poll() is None and not _ranks(process):
+        while process.poll() is None:
+            if ranks := _ranks(process):
+                ranks[number % len(ranks)].kill()
+                return
             time.sleep(0.01)
-        if process.poll() is None:
-            _ranks(process)[number % len(_ranks(process))].kill()
 
     return act
 
