@@ -76,16 +76,26 @@ class Job:
     def disturb(self, *steps: "Step") -> "Ended":
         """Run; take each step when it is due; wait for the end of all processes.
 
+        A step without delay acts before anything more is read. The pipe holds one page, so the job
+        waits for it on a slow machine, some fifteen iterations later at most.
+
         Raises:
             AssertionError: if a process of the job is left 5 minutes after the end of the launcher.
         """
         process, lines, waiting = self._start(), [""], list(steps)
         assert process.stdout is not None
         stream, position = process.stdout, 0
+        fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, 4096)
+
+        def held() -> bool:
+            due = any(not step.delay and step.seen(lines[-1]) for step in waiting[:1])
+            return due and process.poll() is None
 
         def read() -> None:
             for line in stream:
                 lines.append(line.decode(errors="replace").rstrip())
+                while held():
+                    time.sleep(0.005)
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
@@ -95,9 +105,10 @@ class Job:
                 assert time.monotonic() < end, "the job hangs:\n" + "\n".join(lines[-30:])
                 time.sleep(0.005)
                 if waiting and any(map(waiting[0].seen, lines[position:])):
-                    position = len(lines)
+                    position = len(lines) - 1
                     time.sleep(waiting[0].delay)
-                    waiting.pop(0).act(self, process)
+                    waiting[0].act(self, process)
+                    waiting.pop(0)
             _, left = psutil.wait_procs(self.processes(), timeout=300)
             assert not left, f"left behind: {[each.cmdline() for each in left]}"
         finally:

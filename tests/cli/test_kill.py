@@ -109,7 +109,7 @@ def test_three_deaths_and_a_removed_log(unbroken: Job, tmp_path: Path) -> None:
     assert "iteration       78/     100" in ended.text
     assert "iteration       79/     100" not in ended.text
     assert job.last_saved == FIRST
-    ended = job.disturb(Step(after(65), remove_logs), Step(after(70), kill_launcher))
+    ended = job.disturb(Step(after(65), remove_logs), Step(after(90), kill_launcher))
     assert (ended.code, ended.acted) == (-signal.SIGKILL, True)
     assert "learning_rates.csv was removed or emptied" in ended.text
     assert (job.log / "learning_rates.csv").read_text().startswith("iteration,")

@@ -205,3 +205,22 @@ def test_the_check_itself_finds_what_would_hang(changed: str, told: str) -> None
         "a size": [Call("alltoall_base", pair, "uint8", ((3, 0), (1, 0))), gather, total],
     }[changed]
     assert disagreements(ranks)[0].startswith(told)
+
+
+@pytest.mark.world_size(2)
+def test_all_groups_share_one_network_thread() -> None:
+    """Each gloo device has a thread that wakes up 100 times a second."""
+
+    def threads() -> int:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        return names.count("gloo_tcp_loop\n")
+
+    before = threads()
+    groups = [dist.new_group([0, 1], backend="gloo") for _ in range(3)]
+    for number, group in enumerate(groups):
+        value = torch.tensor([float(number)])
+        dist.all_reduce(value, group=group)
+        assert value.item() == 2 * number
+    assert threads() == before == 1
+    for group in groups:
+        dist.destroy_process_group(group)
