@@ -29,9 +29,9 @@ VARIABLES = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "1"}
 
 
 def test_a_rank_ends_with_a_killed_launcher() -> None:
+    start = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     launcher = subprocess.Popen(
-        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]
-        + [sys.executable, "-c", RANK],
+        [sys.executable, "-c", start, sys.executable, "-c", RANK],
         env=VARIABLES,
         stdout=subprocess.PIPE,
         text=True,
