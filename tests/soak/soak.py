@@ -104,13 +104,16 @@ class Soak:
 
     @staticmethod
     def _last_lost(ended: Ended) -> int:
-        """The last update before the log began again; the last one of all if it did not."""
-        reached = 0
+        """The last update before the log began again; the last one of all if it did not.
+
+        It may begin again more than once, since files are created while the folder is removed.
+        """
+        reached, lost = 0, None
         for line in ended.lines:
             reached = max(reached, iteration(line))
             if "learning_rates.csv was removed or emptied" in line:
-                break
-        return reached
+                lost = reached
+        return reached if lost is None else lost
 
     def round(self, folder: Path, unbroken: Job, kills: int) -> list[str]:
         """A job from start to end with so many disturbances; what differs at the end."""
