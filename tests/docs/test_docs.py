@@ -271,7 +271,7 @@ def test_every_run_of_the_grids_is_accepted_by_the_real_parser(
     parsed_examples: dict[str, dict[str, object]],
 ) -> None:
     grids = {name: args for name, args in parsed_examples.items() if ".yaml" in name}
-    assert len(grids) == 8 + 1 + 6 + 11 + 8
+    assert len(grids) == 8 + 2 + 6 + 11 + 8
     assert all(args["llr_same_start"] and args["llr_fixed_validation"] for args in grids.values())
     real = grids["shakespeare_char/gpu.yaml: depth-cosine"]
     assert (real["train_iters"], real["lr"], real["min_lr"]) == (5000, 1e-3, 1e-4)
