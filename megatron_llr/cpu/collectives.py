@@ -6,7 +6,6 @@ parallelism.
 
 import functools
 import os
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +13,38 @@ import torch.distributed as dist
 
 
 def substitute() -> None:
-    """Make torch.distributed support tensors of unequal size on gloo."""
+    """Adapt gloo to Megatron's many groups and to its tensors of unequal size."""
+    _share_device()
+    _support_unequal_sizes()
+
+
+def _share_device() -> None:
+    """Give all groups of a process one gloo device.
+
+    Otherwise each of Megatron's groups has its own, with a thread that wakes up 100 times a second:
+    a third of the CPU time of a small job on two ranks.
+    """
+    gloo: Any = dist.ProcessGroupGloo
+    create = gloo.__init__
+
+    @functools.cache
+    def device(process: int) -> Any:  # threads do not survive a fork
+        return gloo.create_default_device()
+
+    @functools.wraps(create)
+    def initialize(group: Any, *arguments: Any, **settings: Any) -> None:
+        # torch.distributed gives a timeout alone. Explicit options name their own devices.
+        if "timeout" in settings:
+            options = gloo._Options()
+            options._timeout = settings.pop("timeout")
+            options._devices = [device(os.getpid())]
+            settings["options"] = options
+        create(group, *arguments, **settings)
+
+    gloo.__init__ = initialize
+
+
+def _support_unequal_sizes() -> None:
     module: Any = dist
     equal_all_gather, equal_reduce_scatter = dist.all_gather, dist.reduce_scatter
 
@@ -50,33 +80,6 @@ def substitute() -> None:
         return None
 
     module.all_gather, module.reduce_scatter = all_gather, reduce_scatter
-    _share_device()
-
-
-def _share_device() -> None:
-    """Give all groups of a process one gloo device.
-
-    Otherwise each group has its own, with a thread that wakes up 100 times a second: a third of the
-    CPU time of a small job, since Megatron makes some 50 groups.
-    """
-    gloo: Any = dist.ProcessGroupGloo
-    create = gloo.__init__
-
-    @functools.cache
-    def device(process: int) -> Any:  # threads do not survive a fork
-        return gloo.create_default_device()
-
-    @functools.wraps(create)
-    def initialize(group: Any, store: Any, rank: int, size: int, **settings: Any) -> None:
-        options = settings.pop("options", None)
-        if options is None:
-            options = gloo._Options()
-            options._timeout = settings.pop("timeout", timedelta(minutes=30))
-        if not options._devices:
-            options._devices = [device(os.getpid())]
-        create(group, store, rank, size, options, **settings)
-
-    gloo.__init__ = initialize
 
 
 def _unequal(parts: list[torch.Tensor]) -> bool:

@@ -52,10 +52,11 @@ class Job:
         return self.folder / "log"
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # Unbuffered, so that the pipe alone lies between the job and its reader.
+        # Unbuffered, and a pipe of one page: if its output is not read, the job blocks after some
+        # fifteen iterations at most.
         quiet = {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         mark = {"LLR_TEST_JOB": str(self.folder)}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command,
             cwd=ROOT,
             env={**environment(), **quiet, **mark},
@@ -63,6 +64,9 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        assert process.stdout is not None
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        return process
 
     def processes(self) -> list[psutil.Process]:
         """All processes of the job, whoever their parent is."""
@@ -76,8 +80,7 @@ class Job:
     def disturb(self, *steps: "Step") -> "Ended":
         """Run; take each step when it is due; wait for the end of all processes.
 
-        A step without delay acts before anything more is read. The pipe holds one page, so the job
-        waits for it on a slow machine, some fifteen iterations later at most.
+        A step without delay acts before more output is read, so a slow machine delays the job.
 
         Raises:
             AssertionError: if a process of the job is left 5 minutes after the end of the launcher.
@@ -85,7 +88,6 @@ class Job:
         process, lines, waiting = self._start(), [""], list(steps)
         assert process.stdout is not None
         stream, position = process.stdout, 0
-        fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, 4096)
 
         def held() -> bool:
             due = any(not step.delay and step.seen(lines[-1]) for step in waiting[:1])
@@ -129,12 +131,10 @@ class Job:
     def kill_when(self, seen: Any) -> list[str]:
         """SIGKILL every process of the job once `seen(line)`; the lines until then.
 
-        The pipe holds one page: once it is no longer read, the job blocks after some fifteen
-        iterations at most, however long the kill takes.
+        Its output is no longer read then, so that the job waits, however long the kill takes.
         """
         process = self._start()
         assert process.stdout is not None
-        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         lines: list[str] = []
         try:
             while not (lines and seen(lines[-1])):

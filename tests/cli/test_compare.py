@@ -151,10 +151,12 @@ def test_the_study_of_lengths_runs_at_a_tiny_size(tmp_path: Path) -> None:
     assert "FLAGGED" not in output
     with (tmp_path / "out" / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert sorted((row["policy"], int(row["tokens"])) for row in rows) == [
-        (policy, updates * 6 * 128) for policy in ("adamh", "adamw") for updates in (6, 12)
-    ]
-    assert all(1e-6 < float(row["effective_learning_rate"]) < 1e-2 for row in rows)
+    # AdamH's own rate is 13/3 of the one tried, over norms that stay those of the start.
+    for policy, largest in (("adamw", 1e-3), ("adamh", 5e-3)):
+        own = [row for row in rows if row["policy"] == policy]
+        assert [row["tokens"] for row in own] == [str(6 * 6 * 128), str(12 * 6 * 128)]
+        assert all(1e-6 < float(row["effective_learning_rate"]) < largest for row in own)
+    assert len(rows) == 4
     tool = subprocess.run(
         [sys.executable, "tools/extrapolate_lr.py", str(tmp_path / "out")],
         cwd=ROOT,
