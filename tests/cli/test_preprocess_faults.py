@@ -72,5 +72,5 @@ def test_stopped_from_outside(whom: str, tmp_path: Path) -> None:
         next(child for child in children if "spawn_main" in str(child.cmdline())).kill()
     _, said = process.communicate(timeout=1800)
     assert process.returncode == (143 if whom == "the tool" else 1)
-    assert whom == "the tool" or "A worker process was killed" in said
+    assert whom == "the tool" or "A worker process was killed by SIGKILL" in said
     assert_nothing_left(tmp_path, "in.jsonl")

@@ -1,16 +1,11 @@
 """Converts text files to one dataset for `--data-path`, in order, with several processes."""
 
-import contextlib
 import itertools
-import multiprocessing
-import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +19,8 @@ from megatron_llr.tools.preprocess.sources import (
     expand,
     read_chunks,
 )
-from megatron_llr.tools.preprocess.tokenizing import (
-    Encoded,
-    Tokenizer,
-    encode_in_worker,
-    start_worker,
-)
+from megatron_llr.tools.preprocess.tokenizing import Encoded, Tokenizer
+from megatron_llr.tools.preprocess.workers import WorkerPool
 from megatron_llr.tools.progress import Progress
 
 # Chunks submitted to the workers; bounds memory use.
@@ -106,46 +97,17 @@ def preprocess(options: Options) -> Summary:
     return Summary(writer.documents, empty, writer.tokens, size, time.monotonic() - began)
 
 
-@contextlib.contextmanager
-def _terminal_signals_blocked() -> Iterator[None]:
-    """Processes started in here inherit the mask.
-
-    A terminal signals all processes; only the main process should handle that.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Tokens of every chunk, in order."""
     if workers == 1:
         yield from map(tokenizer.encode, chunks)
         return
-    with _terminal_signals_blocked():
-        resource_tracker.ensure_running()
-    # Spawned, not forked: forking a process with threads, such as torch's, can deadlock.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(tokenizer.name, tokenizer.append_eod),
-    )
     waiting: deque[Future[Encoded]] = deque()
-    try:
+    # A copy without what is loaded: every process loads the tokenizer itself.
+    with WorkerPool(workers, replace(tokenizer).encode) as pool:
         for chunk in chunks:
-            with _terminal_signals_blocked():
-                waiting.append(pool.submit(encode_in_worker, chunk))
+            waiting.append(pool.submit(chunk))
             if len(waiting) > _CHUNKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as broken:
-        raise input_error(
-            f"A worker process was killed: {broken} Workers must run to the end. If memory ran "
-            "out, set a smaller --workers."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)

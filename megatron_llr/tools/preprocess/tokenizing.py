@@ -207,21 +207,6 @@ def _decode(path: str, line: int, text: bytes) -> str:
         ) from None
 
 
-_of_this_worker: Tokenizer | None = None
-
-
-def start_worker(name: str | None, append_eod: bool) -> None:
-    """Set the tokenizer of this process."""
-    global _of_this_worker
-    _of_this_worker = Tokenizer(name, append_eod)
-
-
-def encode_in_worker(chunk: Chunk) -> Encoded:
-    """`Tokenizer.encode` with the tokenizer of this process."""
-    assert _of_this_worker is not None, "call start_worker() first"
-    return _of_this_worker.encode(chunk)
-
-
 def _load(name: str) -> Any:
     """The `transformers` tokenizer.
 
