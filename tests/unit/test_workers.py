@@ -32,7 +32,7 @@ def reverse(item: bytes) -> bytes:
 
 def die(item: str) -> bytes:
     """Die in the way that the item names."""
-    if item == "no":
+    if item == "never":
         return bytes(LARGE)
     if item == "exit":
         os._exit(3)
@@ -72,8 +72,8 @@ def test_results_arrive_and_errors_keep_their_type_and_traceback() -> None:
 )
 def test_a_dead_worker_is_an_error_while_others_run(item: str, how: str) -> None:
     with WorkerPool(2, die) as pool:
-        futures: list[Future[bytes]] = [pool.submit("no"), pool.submit(item)]
-        futures += [pool.submit("no") for _ in range(20)]
+        futures: list[Future[bytes]] = [pool.submit("never"), pool.submit(item)]
+        futures += [pool.submit("never") for _ in range(20)]
         with pytest.raises(ValueError, match=f"A worker process {how}.*set a smaller --workers"):
             futures[1].result(timeout=120)
 
@@ -81,7 +81,7 @@ def test_a_dead_worker_is_an_error_while_others_run(item: str, how: str) -> None
 def test_workers_killed_at_random_times_never_block() -> None:
     for attempt in range(5):
         with WorkerPool(2, die) as pool:
-            futures = [pool.submit("no") for _ in range(200)]
+            futures = [pool.submit("never") for _ in range(200)]
             futures[0].result(timeout=120)
             time.sleep(0.003 * attempt)
             running_workers()[0].kill()

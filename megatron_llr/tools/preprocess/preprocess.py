@@ -103,7 +103,7 @@ def _encoded(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Ite
         yield from map(tokenizer.encode, chunks)
         return
     waiting: deque[Future[Encoded]] = deque()
-    # A copy without what is loaded: every process loads the tokenizer itself.
+    # A copy without the loaded tokenizer: every process loads its own.
     with WorkerPool(workers, replace(tokenizer).encode) as pool:
         for chunk in chunks:
             waiting.append(pool.submit(chunk))

@@ -1,4 +1,4 @@
-"""Processes that run one function. A process that dies is an error at once, whatever it was doing.
+"""A pool of processes that run one function. The death of a process raises an error at once.
 
 `concurrent.futures.ProcessPoolExecutor` has one pipe for the results of all its processes. If one
 of them is killed while it writes a result, the pipe stays open in the others, and the reader waits
@@ -17,7 +17,6 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Self
 
 from megatron_llr.errors import input_error
@@ -98,12 +97,7 @@ class WorkerPool[Item, Result]:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End all processes, also while they run."""
         for worker in self._workers:
             worker.process.kill()
