@@ -7,7 +7,6 @@ forever for the rest. Here each process has its own pipe, which ends with it.
 
 import contextlib
 import multiprocessing
-import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ class _Worker:
         """Send an item and wait for its result; raises what the function raised."""
         try:
             _send(self.pipe, item)
-            result, error = _receive(self.pipe)
+            result, error = self.pipe.recv()
         except (EOFError, OSError):
             raise self._death() from None
         if error is not None:
@@ -121,12 +121,8 @@ def _terminal_signals_blocked() -> Iterator[None]:
 
 
 def _send(pipe: "Connection[Any, Any]", message: object) -> None:
-    # If Connection.send() fails, its buffer makes Python print a SystemError at some later time.
-    pipe.send_bytes(pickle.dumps(message))
-
-
-def _receive(pipe: "Connection[Any, Any]") -> Any:
-    return pickle.loads(pipe.recv_bytes())
+    # Connection.send() without its buffer, which makes Python print a SystemError if sending fails.
+    pipe.send_bytes(bytes(ForkingPickler.dumps(message)))
 
 
 def _serve(pipe: "Connection[Any, Any]", function: Callable[[Any], object]) -> None:
@@ -134,7 +130,7 @@ def _serve(pipe: "Connection[Any, Any]", function: Callable[[Any], object]) -> N
     # The main process closed its end, or died.
     with contextlib.suppress(EOFError, OSError):
         while True:
-            item = _receive(pipe)
+            item = pipe.recv()
             try:
                 answer: tuple[object, Exception | None] = function(item), None
             except Exception as error:
